@@ -1,0 +1,1135 @@
+"""Continual learning of a class-conditional diffusion model with generative distillation and rank-1 EWC.
+
+The paper as one file, read from top to bottom: "Avoid Catastrophic Forgetting with Rank-1 Fisher from
+Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR 2026, arXiv 2509.23593.
+
+    python rank1_ewc.py                                  # 8x8 digits, rank-1 EWC: minutes on a laptop
+    python rank1_ewc.py --dataset mnist --method rank1   # the paper's run: a GPU and patience
+    python rank1_ewc.py --help                           # every setting
+
+Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps Gaussian
+noise like x0; theta all weights as one vector (D,); theta* the weights at the end of a task; g = dl/dtheta the
+gradient of one sample's loss; mu = E[g]; T the number of tasks.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+# cuBLAS reads this when CUDA starts: without it the same seed may give two results on one GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import cleanfid.features
+import cleanfid.fid
+import cleanfid.resize
+import numpy as np
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings. PAPER is section 5 of the paper; a dataset is a row of what it does differently. `methods`, the other
+# table, stands after the functions its rows name.
+
+PAPER = {
+    "tasks": 5,  # in label order, equally many classes each
+    "epochs": 200,  # a task
+    "batch_size": 128,  # real images a step, and as many replayed ones
+    "lr": 2e-4,  # Adam, a fresh one each task
+    "lr_decay": "none",  # none: constant | linear: falls to 0 within each task
+    "lam": 15000.0,  # EWC's lambda; it belongs to this network: a smaller one needs its own
+    "channels": (128, 256, 256, 256),  # of the UNet, a level each
+    "layers_per_block": 2,
+    "norm_groups": 32,
+    "dropout": 0.1,  # as written; the authors' code has it off from its first sampling on (--dropout 0)
+    "replay_per_class": 5000,
+    "sample_steps": 50,  # DDIM
+    "fisher_samples": None,  # None: every training image of the task once, at one random (t, eps)
+    "fid": "inception",
+}
+SMALL = {
+    "epochs": 270,  # 810 steps a task
+    "batch_size": 64,
+    "lr": 2e-3,
+    "lr_decay": "linear",  # without it GD itself has not converged
+    "lam": 30.0,
+    "channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_groups": 8,
+    "dropout": 0.0,
+    "replay_per_class": 200,
+    "fid": "classifier",
+}
+DATASETS = {"digits": PAPER | SMALL, "mnist": PAPER, "fashion": PAPER}
+NUM_STEPS = 1000  # diffusion timesteps
+SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
+LOG_EVERY = 10  # training steps
+BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit status 2."""
+    print(f"rank1_ewc: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def rng(seed: int, purpose: str, task: int, device: torch.device) -> torch.Generator:
+    """A generator of its own for each purpose and task: one draw more in one place changes no other place."""
+    digest = hashlib.sha256(f"{seed} {purpose} {task}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Write to a temporary neighbour that then takes the name: the file is there whole or not at all."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data. Everything is held as uint8 on the device and turned to [-1, 1] a batch at a time.
+
+
+class Data(NamedTuple):
+    """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, for training and for testing."""
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float in [-1, 1] -> uint8 in 0..255, rounded, clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_digits(_: Path) -> Data:
+    """scikit-learn's 1,797 digits, 1x8x8: of each class 80 at random for testing (160 a task), the rest to train."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    x = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8)
+    y = torch.from_numpy(digits.target).long()
+    # The writers come in a periodic order, hence the shuffle; its seed is fixed: a split is data, not chance.
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    of_class = [order[y[order] == c] for c in range(10)]
+    test, train = (torch.cat([i[part] for i in of_class]) for part in (slice(80), slice(80, None)))
+    return Data(x[train], y[train], x[test], y[test])
+
+
+IDX_FILES = {  # name: bytes, of MNIST and FashionMNIST alike
+    "train-images-idx3-ubyte": 16 + 60000 * 28 * 28,
+    "train-labels-idx1-ubyte": 8 + 60000,
+    "t10k-images-idx3-ubyte": 16 + 10000 * 28 * 28,
+    "t10k-labels-idx1-ubyte": 8 + 10000,
+}
+
+
+def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
+    """MNIST or FashionMNIST, padded by 2 to 1x32x32. Downloads what is missing; stops on files of a wrong size."""
+    raw = data_dir / dataset.__name__ / "raw"
+    try:
+        dataset(data_dir, download=True)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        missing = [name for name in IDX_FILES if not (raw / name).is_file()]
+        if missing:
+            stop(
+                f"{dataset.__name__} is incomplete and cannot be downloaded ({type(error).__name__}): put"
+                f" {', '.join(missing)} (unpacked, or as .gz) into {raw}, or name another folder with --data-dir"
+            )
+    for name, size in IDX_FILES.items():
+        if (found := (raw / name).stat().st_size) != size:
+            stop(
+                f"{raw / name} has {found:,} bytes instead of {size:,}: remove it, and it is downloaded again"
+            )
+    try:
+        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
+        images = [F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test)]
+        if images[0].shape != (60000, 1, 32, 32) or images[1].shape != (10000, 1, 32, 32):
+            raise ValueError("not 28x28 images")
+        if not all(0 <= split.targets.min() and split.targets.max() <= 9 for split in (train, test)):
+            raise ValueError("labels outside 0..9")
+    except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
+        stop(f"the files in {raw} are damaged ({error}): remove them, and they are downloaded again")
+    return Data(images[0], train.targets, images[1], test.targets)
+
+
+LOADERS: dict[str, Callable[[Path], Data]] = {
+    "digits": load_digits,
+    "mnist": lambda data_dir: load_idx(torchvision.datasets.MNIST, data_dir),
+    "fashion": lambda data_dir: load_idx(torchvision.datasets.FashionMNIST, data_dir),
+}
+
+
+def first_of_each_class(y: Tensor, n: int) -> Tensor:
+    """Indices of the first n images of each class. y (N,) -> (<= n * classes,)."""
+    return torch.cat([(y == c).nonzero()[:n, 0] for c in y.unique()])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Denoiser: eps_theta(x_t, t, y). The UNet of Ho et al. 2020 (arXiv 2006.11239) as diffusers' UNet2DModel builds it
+# in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
+
+
+def double_size(x: Tensor) -> Tensor:
+    """Each pixel becomes 2x2. (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
+
+
+def halve_size(x: Tensor) -> Tensor:
+    """2x2 average pool. (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return F.avg_pool2d(x, 2)
+
+
+class Resnet(nn.Module):
+    """Residual block with the time and class embedding added in the middle; `resample` acts on both its paths."""
+
+    def __init__(self, in_channels, out_channels, temb_channels, groups, dropout, resample=None):
+        super().__init__()
+        self.resample = resample or nn.Identity()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.conv_shortcut(self.resample(x)) + h
+
+
+class Attention(nn.Module):
+    """Self-attention between all pixels, heads of 8 channels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.heads = channels // 8
+        self.group_norm = nn.GroupNorm(groups, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = (
+            to(h).unflatten(2, (self.heads, 8)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, 8)
+        return x + self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view_as(x)
+
+
+class Resample(nn.Module):
+    """A 3x3 convolution that halves the resolution (stride 2), or follows a doubling of it."""
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.conv(double_size(x) if self.up else x)
+
+
+class Stage(nn.Module):
+    """One level's residual blocks, an attention (or nothing) after each, then perhaps a change of resolution."""
+
+    def __init__(self, resnets, attentions, downsamplers=(), upsamplers=()):
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
+
+
+class UNet(nn.Module):
+    """Class-conditional denoiser, forward(x_t, t, y) -> eps. At its defaults the paper's network.
+
+    x_t, eps: (B, in_channels, H, W) with H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int in
+    0..num_classes-1. Attention stands in the middle and at the third level (8x8 of 32x32), where there is one.
+    37,191,681 parameters for 1 channel and 10 classes.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: tuple[int, ...] = (128, 256, 256, 256),
+        layers_per_block: int = 2,
+        norm_groups: int = 32,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        temb = 4 * channels[0]
+        last = len(channels) - 1
+
+        def resnet(c_in, c_out, resample=None):
+            return Resnet(c_in, c_out, temb, norm_groups, dropout, resample)
+
+        def attention(level, c):
+            return Attention(c, norm_groups) if level == 2 else nn.Identity()
+
+        def resample(level, c, up):  # where there is attention, a residual block does it
+            return resnet(c, c, double_size if up else halve_size) if level == 2 else Resample(c, up)
+
+        self.num_frequencies = channels[0] // 2
+        self.time_embedding = nn.ModuleDict(
+            {"linear_1": nn.Linear(channels[0], temb), "linear_2": nn.Linear(temb, temb)}
+        )
+        self.class_embedding = nn.Embedding(num_classes, temb)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        skips = [channels[0]]
+        for level, c in enumerate(channels):
+            inputs = [skips[-1]] + [c] * (layers_per_block - 1)
+            resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
+            down = [resample(level, c, up=False)] if level < last else []
+            self.down_blocks.append(Stage(resnets, attentions, downsamplers=down))
+            skips += [c] * (layers_per_block + len(down))
+        self.mid_block = Stage([resnet(c, c), resnet(c, c)], [Attention(c, norm_groups)])
+        below = c
+        for level, c in reversed(list(enumerate(channels))):
+            inputs = [i + skips.pop() for i in [below] + [c] * layers_per_block]
+            resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
+            up = [resample(level, c, up=True)] if level > 0 else []
+            self.up_blocks.append(Stage(resnets, attentions, upsamplers=up))
+            below = c
+        self.conv_norm_out = nn.GroupNorm(norm_groups, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        k = torch.arange(self.num_frequencies, device=x.device)
+        angle = t[:, None] * torch.exp(-math.log(10000) * k / self.num_frequencies)
+        temb = self.time_embedding["linear_1"](torch.cat([angle.cos(), angle.sin()], 1))
+        temb = self.time_embedding["linear_2"](F.silu(temb)) + self.class_embedding(y)  # (B, 4 channels[0])
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in self.down_blocks:
+            for resnet, attention in zip(stage.resnets, stage.attentions):
+                x = attention(resnet(x, temb))
+                skips.append(x)
+            for down in stage.downsamplers:
+                x = down(x, temb)
+                skips.append(x)
+        x = self.mid_block.attentions[0](self.mid_block.resnets[0](x, temb))
+        x = self.mid_block.resnets[1](x, temb)
+        for stage in self.up_blocks:
+            for resnet, attention in zip(stage.resnets, stage.attentions):
+                x = attention(resnet(torch.cat([x, skips.pop()], 1), temb))
+            for up in stage.upsamplers:
+                x = up(x, temb)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, trained to find eps (DDPM, arXiv 2006.11239), sampled in
+# few steps without noise (DDIM, arXiv 2010.02502).
+
+
+@cache
+def alphas_cumprod(device: torch.device) -> Tensor:
+    """abar_t, the share of the image's variance left at step t, for betas linear in 1e-4..0.02. (1000,) float32."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_STEPS), 0).to(device)
+
+
+def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x0, eps (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    abar = alphas_cumprod(x0.device)[t][:, None, None, None]
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+
+
+def per_sample_loss(predict: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> Tensor:
+    """l_i = mean over pixels of (eps_theta(x_t, t, y) - eps)^2, section 2 of the paper. -> (B,)."""
+    return (predict(add_noise(x0, t, eps), t, y) - eps).square().flatten(1).mean(1)
+
+
+def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """t ~ U{0..999} (B,) and eps ~ N(0, 1) like x0."""
+    t = torch.randint(NUM_STEPS, (len(x0),), generator=generator, device=x0.device)
+    return t, torch.randn(x0.shape, generator=generator, device=x0.device)
+
+
+@torch.no_grad()
+def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> Tensor:
+    """DDIM with eta 0, as diffusers' DDIMScheduler has it: noise (B, C, H, W), y (B,) -> x0 in [-1, 1].
+
+    `steps` (1..1000) timesteps ("leading": 980, 960, .., 0 for 50); x0_hat is clipped to [-1, 1], the direction
+    keeps the unclipped eps_hat, and the last step goes to abar = 1.
+    """
+    abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
+    for t in range((steps - 1) * stride, -1, -stride):
+        eps = predict(x, torch.full_like(y, t), y)
+        x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
+        abar_next = abar[t - stride] if t else torch.ones_like(abar[0])
+        x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
+    return x
+
+
+def sample_images(model: nn.Module, shape: tuple, y: Tensor, steps: int, generator, name: str) -> Tensor:
+    """DDIM images of the classes y (N,), each of `shape` (C, H, W). -> (N, C, H, W) uint8, in eval mode."""
+    model.eval()
+    images = []
+    with tqdm(total=len(y), desc=name, unit="img", leave=False, **BAR) as bar:
+        for part in y.split(SAMPLE_BATCH):
+            noise = torch.randn(len(part), *shape, generator=generator, device=y.device)
+            images.append(to_uint8(ddim_sample(model, noise, part, steps)))
+            bar.update(len(part))
+    return torch.cat(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fisher: F = E[g g^T], taken after a task on that task's real images, in eval mode, at random timesteps.
+# Rank-1 (Theorem 1): F ~ c* mu mu^T. Diagonal (EWC, arXiv 1612.00796): F_jj = E[g_j^2].
+
+
+def flat(tensors) -> Tensor:
+    """Weights or gradients, in the order of model.parameters(), as one vector (D,)."""
+    return torch.cat([v.detach().flatten() for v in tensors])
+
+
+def dot64(a: Tensor, b: Tensor) -> float:
+    """a^T b summed in float64: at D = 37M, float32 would lose the small differences that EWC is about."""
+    return float(a.cpu().double() @ b.cpu().double())
+
+
+def fisher_draws(
+    images: Tensor, labels: Tensor, n: int, batch: int, generator
+) -> Iterator[tuple[Tensor, ...]]:
+    """n samples (x0, t, eps, y) in batches: every image in turn, at random timesteps with random noise."""
+    for index in torch.arange(n, device=images.device).split(batch):
+        x0 = to_float(images[index % len(images)])
+        yield x0, *draw_noise(x0, generator), labels[index % len(images)]
+
+
+def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]) -> Tensor:
+    """The per-sample losses (B,) as a function of the weights, for torch.func's derivatives."""
+    return per_sample_loss(lambda *x: functional_call(model, theta, x), *draw)
+
+
+def rank1_fisher(
+    model: nn.Module, images: Tensor, labels: Tensor, n: int, batch: int, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Theorem 1: mu = E[g] (D,) and c* = E[(mu^T g)^2] / ||mu||^4, both over the same n draws (so c* >= 1).
+
+    Time: a backward pass for mu and a forward-mode derivative for all mu^T g_i of a batch at once, together about
+    two training steps per batch. Memory: mu and a batch's activations; no per-sample gradient is ever made.
+    images (N, C, H, W) uint8, labels (N,). c* is the least-squares coefficient of F on mu mu^T.
+    """
+    model.eval()
+    params = dict(model.named_parameters())
+    state = generator.get_state()  # the second pass repeats the first one's draws
+
+    mu = torch.zeros_like(flat(params.values()))
+    for draw in fisher_draws(images, labels, n, batch, generator):
+        loss = per_sample_loss(model, *draw).sum() / n
+        mu += flat(torch.autograd.grad(loss, params.values()))
+
+    norm = math.sqrt(dot64(mu, mu))
+    directions = (mu / norm).split([p.numel() for p in params.values()])
+    u = {name: v.view_as(p) for (name, p), v in zip(params.items(), directions)}
+    theta = {name: p.detach() for name, p in params.items()}
+    generator.set_state(state)
+    second_moment = 0.0  # E[(u^T g)^2]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no forward mode
+        for draw in fisher_draws(images, labels, n, batch, generator):
+            _, projections = jvp(partial(losses_at, model, draw), (theta,), (u,))  # (B,) u^T g_i
+            second_moment += float(projections.square().sum()) / n
+    return mu, second_moment / norm**2
+
+
+def diagonal_fisher(
+    model: nn.Module, images: Tensor, labels: Tensor, n: int, batch: int, generator: torch.Generator
+) -> Tensor:
+    """F_jj = E[g_j^2] (D,) over n draws, as in EWC (arXiv 1612.00796).
+
+    Time: n per-sample gradients, each about as dear as a training step on one image and, being made one weight
+    copy each, slower than a batch's. Memory: D floats for every sample of a chunk, held to about 2 GB.
+    """
+    model.eval()
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    diagonal = torch.zeros_like(flat(theta.values()))
+    chunk = max(1, min(batch, 500_000_000 // len(diagonal)))
+
+    def loss(theta, *sample):
+        return losses_at(model, [s[None] for s in sample], theta)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        for draw in fisher_draws(images, labels, n, chunk, generator):
+            g = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))(theta, *draw)  # each (B, *shape)
+            diagonal += flat(v.square().sum(0) for v in g.values()) / n
+    return diagonal
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Penalties: what keeps the old tasks' weights. Both are exact sums over all old tasks in fixed form:
+# add(fisher, theta*) after a task, start(theta) before the next, then penalty(theta) at every step.
+
+
+class Rank1Penalty:
+    """(lam/2) sum_k c*_k (mu_k^T (theta - theta*_k))^2, the paper's rank-1 EWC.
+
+    Kept per task: the vector a_k = sqrt(c*_k) mu_k (D,) and the number b_k = a_k^T theta*_k; no theta*_k.
+    """
+
+    def __init__(self, lam: float):
+        self.lam, self.a, self.b = lam, None, []
+
+    def add(self, fisher: tuple[Tensor, float], theta_star: Tensor) -> None:
+        mu, c_star = fisher
+        a = math.sqrt(c_star) * mu[None]
+        self.a = a if self.a is None else torch.cat([self.a, a])  # (tasks, D)
+        self.b.append(dot64(a[0], theta_star))
+
+    def start(self, theta: Tensor) -> None:
+        """Measure from theta, the weights a task starts with: a^T theta - b of large theta would cancel."""
+        self.origin = theta
+        residual = [dot64(a, theta) - b for a, b in zip(self.a, self.b)]
+        self.residual = torch.tensor(residual, dtype=torch.float32, device=theta.device)  # (tasks,)
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        return self.lam / 2 * (self.a @ (theta - self.origin) + self.residual).square().sum()
+
+
+class DiagonalPenalty:
+    """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC, in two vectors and a number for any number of tasks.
+
+    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + rest, with H = sum_k F_k.
+    """
+
+    def __init__(self, lam: float):
+        self.lam, self.H, self.center, self.rest = lam, None, None, 0.0
+
+    def add(self, fisher: Tensor, theta_star: Tensor) -> None:
+        if self.H is None:
+            self.H, self.center = torch.zeros_like(fisher), theta_star.clone()
+        H, step = self.H + fisher, theta_star - self.center
+        share = torch.where(H > 0, fisher / H, 0.0)  # of the new task in the weighted mean
+        self.rest += dot64(self.H * share, step.square())
+        self.center += share * step
+        self.H = H
+
+    def start(self, theta: Tensor) -> None:
+        """Nothing to measure: each weight is compared with its own centre."""
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        return self.lam / 2 * ((self.H * (theta - self.center).square()).sum() + self.rest)
+
+
+class Method(NamedTuple):
+    """A row of Table 1: which Fisher with which penalty, replayed images or not, distillation on them or not."""
+
+    fisher: Callable | None
+    penalty: type | None
+    replay: bool
+    distill: bool
+
+
+METHODS = {
+    "gd": Method(None, None, replay=True, distill=True),
+    "diag": Method(diagonal_fisher, DiagonalPenalty, replay=True, distill=True),
+    "rank1": Method(rank1_fisher, Rank1Penalty, replay=True, distill=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generative distillation (Masip et al. 2025): the teacher, the frozen model of the last task, paints images of all
+# old classes; the student denoises them like real ones and imitates the teacher on them.
+
+
+def replay_pool(
+    teacher: nn.Module, shape: tuple, num_old: int, per_class: int, steps: int, generator, name: str
+) -> tuple[Tensor, Tensor]:
+    """The teacher's images of the old classes 0..num_old-1, `per_class` of each. -> (N, C, H, W) uint8, (N,)."""
+    y = torch.arange(num_old, device=generator.device).repeat_interleave(per_class)
+    return sample_images(teacher, shape, y, steps, generator, name), y
+
+
+def losses(
+    student: nn.Module, teacher: nn.Module | None, x0: Tensor, y: Tensor, num_real: int, generator
+) -> tuple[Tensor, Tensor]:
+    """Denoising loss over [real, replay] and L_GD, the student's distance from the teacher on the replay part.
+
+    x0 (B, C, H, W) in [-1, 1], the first num_real real, y (B,). ONE student pass serves both losses; the authors
+    make a second one at an independent (t, eps), which has the same expectation and costs a third more.
+    """
+    t, eps = draw_noise(x0, generator)
+    x_t = add_noise(x0, t, eps)
+    eps_student = student(x_t, t, y)
+    denoise = (eps_student - eps).square().mean()
+    if teacher is None:
+        return denoise, torch.zeros_like(denoise)
+    with torch.no_grad():
+        eps_teacher = teacher(x_t[num_real:], t[num_real:], y[num_real:])
+    return denoise, F.mse_loss(eps_student[num_real:], eps_teacher)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on clean-fid's
+# Inception features (arXiv 2104.11222) or, with no download, on those of a small classifier of the same data.
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank1_ewc"
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two feature sets (N_a, d), (N_b, d)."""
+    moments = [(v.mean(0), np.cov(v, rowvar=False)) for v in (a.astype(np.float64), b.astype(np.float64))]
+    return float(cleanfid.fid.frechet_distance(*moments[0], *moments[1]))
+
+
+def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
+    """images (N, 1 or 3, H, W) uint8 -> clean-fid's Inception features (N, 2048). Stops if it has no weights."""
+    try:
+        model = cleanfid.features.build_feature_extractor("clean", device, use_dataparallel=False)
+    except (OSError, RuntimeError) as error:
+        stop(
+            f"clean-fid's Inception weights (inception-2015-12-05.pt in /tmp) cannot be loaded or downloaded ({error});"
+            " put the file there, or use --fid classifier, which needs no download"
+        )
+    resize = cleanfid.resize.build_resizer("clean")
+
+    def features(images: Tensor) -> np.ndarray:
+        rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        batches = (
+            torch.from_numpy(np.stack([resize(i) for i in part]))
+            for part in np.split(rgb, range(50, len(rgb), 50))
+        )
+        return np.concatenate(
+            [cleanfid.fid.get_batch_features(b.permute(0, 3, 1, 2), model, device) for b in batches]
+        )
+
+    return features
+
+
+def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.ndarray], float]:
+    """images uint8 -> the penultimate features (N, 64) of a small CNN of `data`; and its accuracy on the test images.
+
+    Trained once for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
+    digest of them.
+    """
+    device, (channels, size) = data.x.device, data.x.shape[1:3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
+            nn.SiLU(),  # smooth: a unit that is dead on two classes would make their covariance singular
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64 * math.ceil(size / 4) ** 2, 64),
+            nn.SiLU(),
+            nn.Linear(64, int(data.y.max()) + 1),
+        ).to(device)
+    digest = hashlib.sha256(data.x.cpu().numpy().tobytes() + data.y.cpu().numpy().tobytes()).hexdigest()[:12]
+    path = CACHE / f"classifier-{name}-{digest}.pt"
+    if path.exists():
+        try:
+            model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            stop(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again")
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        generator = rng(0, "classifier", 0, device)
+        for _ in tqdm(range(1000), desc="classifier for the FID", unit="step", leave=False, **BAR):
+            index = torch.randint(len(data.y), (128,), generator=generator, device=device)
+            loss = F.cross_entropy(model(to_float(data.x[index])), data.y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with suppress(OSError):  # a cache that cannot be written costs a minute, not the run
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with whole(path) as temporary:
+                torch.save(model.state_dict(), temporary)
+
+    @torch.no_grad()
+    def apply(layers: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([layers(to_float(part)) for part in images.split(1000)])
+
+    accuracy = (apply(model, data.test_x).argmax(1) == data.test_y).float().mean().item()
+    return lambda images: apply(model[:-1], images).cpu().numpy(), accuracy
+
+
+def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], float]:
+    """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, and forgetting at the end.
+
+    AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)), section 4. Lower is better.
+    """
+    afid = [sum(row[: j + 1]) / (j + 1) for j, row in enumerate(fid)]
+    return afid, sum(fid[-1][k] - fid[k][k] for k in range(len(fid))) / len(fid)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One task, and the loop over tasks.
+
+
+def train_task(
+    cfg, task: int, model, teacher, penalty, x: Tensor, y: Tensor, pool, log, total_passes
+) -> None:
+    """Train the model on one task: L_total = denoising + distillation + penalty, with a fresh Adam.
+
+    x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher and
+    penalty may be None. Writes the mean losses to `log`; stops when the loss is not finite.
+    """
+    device, started = x.device, time.perf_counter()
+    order, replay, noise = (rng(cfg.seed, purpose, task, device) for purpose in ("order", "replay", "noise"))
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr=cfg.lr, fused=True)
+    batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
+    steps_per_epoch = len(x) // batch
+    steps = cfg.epochs * steps_per_epoch
+    model.train()
+    step, recent = 0, []
+    with tqdm(total=steps, desc=f"task {task + 1}/{cfg.tasks} {cfg.method}", unit="step", **BAR) as bar:
+        for epoch in range(cfg.epochs):
+            shuffled = torch.randperm(len(x), generator=order, device=device)
+            for index in shuffled[: steps_per_epoch * batch].split(batch):
+                batch_x, batch_y = x[index], y[index]
+                if pool:
+                    old = torch.randint(len(pool[0]), (len(index),), generator=replay, device=device)
+                    batch_x, batch_y = torch.cat([batch_x, pool[0][old]]), torch.cat([batch_y, pool[1][old]])
+                denoise, distill = losses(model, teacher, to_float(batch_x), batch_y, len(index), noise)
+                ewc = penalty(parameters_to_vector(params)) if penalty else torch.zeros_like(denoise)
+                if cfg.lr_decay == "linear":
+                    optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
+                optimizer.zero_grad()
+                (denoise + distill + ewc).backward()
+                optimizer.step()
+
+                step += 1
+                recent.append(torch.stack([denoise, distill, ewc]).detach())
+                if step % LOG_EVERY and step not in (1, steps):  # reading a loss waits for the GPU
+                    continue
+                values = torch.stack(recent).cpu()  # (steps since the last log, 3)
+                if not values.isfinite().all():
+                    bad = step - len(values) + 1 + int((~values.isfinite().all(1)).nonzero()[0])
+                    stop(
+                        f"the loss is no longer finite in task {task + 1} at step {bad} of {steps}:"
+                        f" lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
+                    )
+                means = dict(zip(("denoise", "distill", "ewc"), values.mean(0).tolist()))
+                log.write(json.dumps({"task": task + 1, "epoch": epoch + 1, "step": step} | means) + "\n")
+                bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v}, refresh=False)
+                bar.update(step - bar.n)
+                recent = []
+                elapsed = time.perf_counter() - started
+                if total_passes and (elapsed > 5 or step == steps or step >= 3 * LOG_EVERY):
+                    announce(elapsed / (step * batch * 3) * total_passes, bar)
+                    total_passes = None
+
+
+def passes_of_a_run(cfg, method: Method, num_train: list[int], num_test: list[int]) -> float:
+    """How often the whole run passes one image forward through the network; a backward pass counts as two."""
+    passes, per_task = 0.0, (len(num_train) // cfg.tasks)
+    for task in range(cfg.tasks):
+        seen = slice(0, (task + 1) * per_task)
+        real = sum(num_train[task * per_task : (task + 1) * per_task])
+        replayed, taught = task > 0 and method.replay, task > 0 and method.distill
+        passes += cfg.epochs * real * (3 + 3 * replayed + taught)
+        passes += cfg.sample_steps * (sum(num_test[seen]) + replayed * cfg.replay_per_class * task * per_task)
+        passes += 6 * (cfg.fisher_samples or real) if method.fisher and task < cfg.tasks - 1 else 0
+    return passes
+
+
+def announce(seconds: float, bar: tqdm) -> None:
+    """Say how long the whole run will take and, where that is more than a coffee, what makes it minutes."""
+    units = [("weeks", 604800), ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)]
+    unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    bar.write(f"At this rate the whole run takes about {seconds / size:.0f} {unit}.")
+    if seconds > 3 * 3600:
+        bar.write(
+            "For minutes instead: --channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10"
+            " --fid classifier"
+        )
+
+
+def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray]) -> dict:
+    """Train task after task and measure after each: the paper's Algorithm. Writes into cfg.out, returns the result.
+
+    data: all tasks' images on the device they are trained on; features: images uint8 -> FID features.
+    """
+    method, device, shape, seconds = METHODS[cfg.method], data.x.device, data.x.shape[1:], Counter()
+    num_classes = int(data.y.max()) + 1
+    per_task = num_classes // cfg.tasks
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] += time.perf_counter() - start
+
+    def of_task(labels: Tensor, task: int) -> Tensor:
+        return (labels // per_task == task).nonzero()[:, 0]
+
+    torch.manual_seed(cfg.seed)  # the global generator: initial weights and dropout, nothing else
+    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.norm_groups, cfg.dropout).to(
+        device
+    )
+    penalty = method.penalty(cfg.lam) if method.penalty else None
+    counts = [v.bincount(minlength=num_classes).tolist() for v in (data.y, data.test_y)]
+    total_passes = passes_of_a_run(cfg, method, *counts)
+    with timed("fid"):
+        tests = [of_task(data.test_y, task) for task in range(cfg.tasks)]
+        real = [features(data.test_x[i]) for i in tests]
+        trains = [of_task(data.y, task)[: len(i)] for task, i in enumerate(tests)]
+        fid_real = [frechet_distance(a, features(data.x[i])) for a, i in zip(real, trains)]
+    picture_noise = torch.randn(
+        num_classes * 10, *shape, generator=rng(cfg.seed, "picture", 0, device), device=device
+    )
+    fid, fishers, written = [], [], []
+
+    with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
+        for task in range(cfg.tasks):
+            teacher = copy.deepcopy(model).eval().requires_grad_(False) if task else None
+            pool = None
+            if task and method.replay:
+                with timed("sample"):
+                    generator, name = (
+                        rng(cfg.seed, "pool", task, device),
+                        f"task {task + 1}/{cfg.tasks} replay pool",
+                    )
+                    pool = replay_pool(
+                        teacher,
+                        shape,
+                        task * per_task,
+                        cfg.replay_per_class,
+                        cfg.sample_steps,
+                        generator,
+                        name,
+                    )
+            if task and penalty:
+                penalty.start(flat(teacher.parameters()))
+            index = of_task(data.y, task)
+            x, y = data.x[index], data.y[index]
+            with timed("train"):
+                train_task(
+                    cfg,
+                    task,
+                    model,
+                    teacher if method.distill else None,
+                    penalty if task else None,
+                    x,
+                    y,
+                    pool,
+                    log,
+                    total_passes if task == 0 else None,
+                )
+            if penalty and task < cfg.tasks - 1:
+                with timed("fisher"):
+                    n, generator = cfg.fisher_samples or len(x), rng(cfg.seed, "fisher", task, device)
+                    fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
+                    penalty.add(fisher, flat(model.parameters()))
+                    fishers.append(describe_fisher(fisher))
+
+            y = data.test_y[torch.cat(tests[: task + 1])]
+            with timed("sample"):
+                generator, name = (
+                    rng(cfg.seed, "fid", task, device),
+                    f"task {task + 1}/{cfg.tasks} samples for FID",
+                )
+                fakes = sample_images(model, shape, y, cfg.sample_steps, generator, name)
+            with timed("fid"):
+                parts = fakes.split([len(i) for i in tests[: task + 1]])
+                row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
+                fid.append(row + [None] * (cfg.tasks - task - 1))
+            y = torch.arange((task + 1) * per_task, device=device).repeat_interleave(10)
+            images = to_uint8(ddim_sample(model, picture_noise[: len(y)], y, cfg.sample_steps))
+            written.append(save_samples(images, cfg.out / f"samples-task{task + 1}.png"))
+            tqdm.write(f"after task {task + 1}: FID " + "  ".join(f"{v:.1f}" for v in row))
+
+    with whole(cfg.out / "model.pt") as temporary:
+        torch.save(model.state_dict(), temporary)
+    afid, forgetting = afid_and_forgetting(fid)
+    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy")
+    result = {k: getattr(cfg, k) for k in ("dataset", "method", "lam", "seed")} | {
+        "fid": fid,
+        "afid": afid,
+        "forgetting": forgetting,
+        "fid_features": cfg.fid_features,
+        "fid_real": fid_real,
+        "fisher": fishers,
+        "config": {k: v for k, v in vars(cfg).items() if k not in ("data_dir", "out")},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "seconds": {k: round(seconds[k], 1) for k in ("train", "sample", "fisher", "fid")},
+    }
+    written.append(plot_fid(result, cfg.out / "fid.png"))
+    with whole(cfg.out / "result.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1, default=str, allow_nan=False) + "\n")
+    written += [cfg.out / name for name in ("log.jsonl", "model.pt", "result.json")]
+    print(table(result), *(f"wrote {path}" for path in written), sep="\n")
+    return result
+
+
+def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
+    """What to watch of a task's Fisher: its trace, or along mu the energy c* ||mu||^2 (the curvature over lam)."""
+    if isinstance(fisher, Tensor):
+        return {"trace": float(fisher.sum())}
+    mu, c_star = fisher
+    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run shows: a table, pictures, curves.
+
+
+def table(result: dict) -> str:
+    """The FID matrix, AFID and forgetting as lines of text."""
+    tasks = len(result["fid"])
+    rows = ["after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
+    for j, row in enumerate(result["fid"]):
+        cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, result["afid"][j]]]
+        rows.append(f"{j + 1:>10}  " + "".join(cells))
+    rows.append(
+        "real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "  (training against test)"
+    )
+    title = f"FID of each task ({result['fid_features']} features), {result['dataset']}, {result['method']}"
+    final = f"AFID {result['afid'][-1]:.2f}   forgetting {result['forgetting']:.2f}   (lower is better)"
+    return "\n".join(["", title, *rows, "", final, ""])
+
+
+def save_samples(images: Tensor, path: Path) -> Path:
+    """A picture of (10 * rows, C, H, W) uint8 images, ten in a row, each shown at 32 pixels or more."""
+    scale = max(1, 32 // images.shape[-1])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
+    with whole(path) as temporary:
+        torchvision.utils.save_image(images / 255, temporary, nrow=10, pad_value=0.5)
+    return path
+
+
+def plot_fid(result: dict, path: Path) -> Path:
+    """Each task's FID from the task it was learned in to the last, and their mean, the AFID."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    after = range(1, len(result["fid"]) + 1)
+    for k in range(len(after)):
+        axes.plot(after[k:], [row[k] for row in result["fid"][k:]], "o-", alpha=0.7, label=f"task {k + 1}")
+    axes.plot(after, result["afid"], "ks--", label="AFID")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="after task", ylabel=f"FID ({result['fid_features']} features)", ylim=(0, None))
+    axes.set_title(f"{result['dataset']}, {result['method']}, seed {result['seed']}")
+    axes.legend()
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    return path
+
+
+def plot_sweep(folder: Path, path: Path) -> None:
+    """AFID and forgetting over lambda, from the result.json of every run under `folder`; also as JSON beside it."""
+    runs = []
+    for file in sorted(folder.glob("*/result.json")):
+        result = json.loads(file.read_text())
+        runs.append(
+            {
+                k: result[k]
+                for k in ("dataset", "method", "lam", "seed", "forgetting", "fid_features", "fisher")
+            }
+        )
+        runs[-1]["afid"] = result["afid"][-1]
+        runs[-1]["learned"] = sum(result["fid"][k][k] for k in range(len(result["fid"]))) / len(result["fid"])
+    if not runs:
+        stop(f"no run under {folder} has a result.json: train some there first (make sweep)")
+    runs.sort(key=lambda r: (r["method"], r["lam"], r["seed"]))
+    labels = {
+        "afid": "AFID after the last task",
+        "forgetting": "forgetting",
+        "learned": "FID of a task just learned, mean",
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, 3), labels.items()):
+        for method, color in zip(sorted({r["method"] for r in runs}), ("C0", "C1", "C2")):
+            lams = sorted({r["lam"] for r in runs if r["method"] == method})
+            values = [[r[key] for r in runs if (r["method"], r["lam"]) == (method, lam)] for lam in lams]
+            axes.plot(lams, [np.mean(v) for v in values], "-", color=color, label=method)
+            for lam, v in zip(lams, values):
+                axes.plot([lam] * len(v), v, ".", color=color)
+        axes.set_xscale("symlog", linthresh=min(r["lam"] for r in runs if r["lam"] > 0))
+        axes.set(xlabel="lambda (0 is GD alone)", ylabel=label, ylim=(min(0, *(r[key] for r in runs)), None))
+    axes.legend()
+    figure.suptitle(
+        f"{runs[0]['dataset']}: a dot a run, lines are means; FID on {runs[0]['fid_features']} features"
+    )
+    with whole(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=120)
+    with whole(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(runs, indent=1) + "\n")
+    print(f"wrote {path.with_suffix('.png')} and {path.with_suffix('.json')}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line.
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` (or only above it) to `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
+            ) from None
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            limit = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+        return value
+
+    return parse
+
+
+def channel_list(text: str) -> tuple[int, ...]:
+    """An argparse type: "128,256" -> (128, 256)."""
+    try:
+        channels = tuple(int(c) for c in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 32,64") from None
+    if min(channels) < 1:
+        raise argparse.ArgumentTypeError(f"channels must be at least 1, not {text}")
+    return channels
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings: the dataset's row, and over it what the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="A setting not given is the dataset's: for mnist and fashion the paper's.",
+    )
+    parser.error = stop
+    add, positive = parser.add_argument, number(int, 1)
+    add("--dataset", choices=DATASETS, default="digits")
+    add("--method", choices=METHODS, default="rank1")
+    add("--lam", type=number(float, 0), help="lambda, the penalty's weight")
+    add("--seed", type=number(int, 0), default=0)
+    add("--epochs", type=positive, help="epochs a task")
+    add("--batch-size", type=positive, help="real images a step; as many replayed ones come on top")
+    add("--lr", type=number(float, 0, above=True), help="Adam's learning rate")
+    add("--lr-decay", choices=("none", "linear"), help="constant, or falling to 0 within each task")
+    add("--channels", type=channel_list, help="the UNet's channels at each level, as 128,256,256,256")
+    add("--layers-per-block", type=positive, help="residual blocks a level")
+    add("--dropout", type=number(float, 0, 0.99), help="in the UNet while it trains")
+    add("--replay-per-class", type=positive, help="images of each old class that the teacher paints")
+    add("--sample-steps", type=number(int, 1, NUM_STEPS), help="DDIM steps")
+    add(
+        "--fisher-samples",
+        type=positive,
+        help="samples of a task's Fisher (default: its training images, once each)",
+    )
+    add(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="a quick look: at most N images a class to train, test and replay",
+    )
+    add("--fid", choices=("inception", "classifier"), help="features that the FID is taken on")
+    add("--data-dir", type=Path, default=Path("data"), help="where the datasets are, or are downloaded to")
+    add("--out", type=Path, help="folder for the results (default: runs/<dataset>-<method>-seed<seed>)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps (untested)")
+    add(
+        "--plot-sweep",
+        type=Path,
+        metavar="DIR",
+        help="train nothing: plot the runs under DIR over lambda, to OUT",
+    )
+    cfg = parser.parse_args(argv)
+    if cfg.limit and cfg.replay_per_class is None:
+        cfg.replay_per_class = min(cfg.limit, DATASETS[cfg.dataset]["replay_per_class"])
+    for name, value in DATASETS[cfg.dataset].items():
+        if getattr(cfg, name, None) is None:
+            setattr(cfg, name, value)
+    cfg.out = cfg.out or Path("runs") / f"{cfg.dataset}-{cfg.method}-seed{cfg.seed}"
+    if any(c % cfg.norm_groups for c in cfg.channels):
+        stop(
+            f"--channels must be multiples of {cfg.norm_groups}, {cfg.dataset}'s norm groups, not {cfg.channels}"
+        )
+    return cfg
+
+
+def find_device(name: str) -> torch.device:
+    """--device as a torch.device that works; stops if it does not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        stop(f"--device {name} does not exist here: choose auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps":
+        print("note: --device mps is accepted but untested")
+    return device
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Check everything that can be checked, then run."""
+    cfg = parse_args(argv)
+    if cfg.plot_sweep:
+        return plot_sweep(cfg.plot_sweep, cfg.out)
+    device = find_device(cfg.device)
+    cfg.device = str(device)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out).close()
+    except OSError as error:
+        stop(f"--out {cfg.out} cannot be written ({error.strerror}): name another folder")
+    data = Data(*(v.to(device) for v in LOADERS[cfg.dataset](cfg.data_dir)))
+    size, halvings = data.x.shape[-1], len(cfg.channels) - 1
+    if size % 2**halvings:
+        stop(
+            f"--channels has {halvings + 1} levels, too many for {size}x{size} images: each but the first halves them"
+        )
+    if cfg.fid == "inception":
+        features, cfg.fid_features = inception_features(device), "inception"
+    else:
+        features, accuracy = classifier_features(cfg.dataset, data)
+        cfg.fid_features = f"{cfg.dataset}-classifier"
+        print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
+    if cfg.limit:
+        train, test = (first_of_each_class(y, cfg.limit) for y in (data.y, data.test_y))
+        data = Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
+    try:
+        return run(cfg, data, features)
+    except KeyboardInterrupt:
+        stop("interrupted: nothing is kept of this run but its log and pictures")
+    except torch.OutOfMemoryError:
+        stop(
+            f"{device} has too little memory: try a smaller --batch-size (now {cfg.batch_size}) or --channels"
+        )
+
+
+if __name__ == "__main__":
+    main()
