@@ -20,7 +20,7 @@ demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: FID tab
 	$(RUN) $(EXTRA)
 
 test: .venv/installed  ## the tests
-	$(PY) -m pytest -q test_rank1_ewc.py
+	$(PY) -m pytest -q -W ignore::DeprecationWarning test_rank1_ewc.py
 
 lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/pip install --quiet ruff==0.17.6

@@ -105,8 +105,11 @@ def rng(seed: int, purpose: str, task: int, device: torch.device) -> torch.Gener
 def whole(path: Path) -> Iterator[Path]:
     """Write to a temporary neighbour that then takes the name: the file is there whole or not at all."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,32 +158,28 @@ IDX_FILES = {  # name: bytes, of MNIST and FashionMNIST alike
 
 
 def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
-    """MNIST or FashionMNIST, padded by 2 to 1x32x32. Downloads what is missing; stops on files of a wrong size."""
+    """MNIST or FashionMNIST, padded by 2 to 1x32x32. Downloads what is missing; stops on a damaged file."""
     raw = data_dir / dataset.__name__ / "raw"
-    try:
-        dataset(data_dir, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        missing = [name for name in IDX_FILES if not (raw / name).is_file()]
-        if missing:
+    for path, size in ((raw / name, size) for name, size in IDX_FILES.items()):
+        if path.is_file() and path.stat().st_size != size:
             stop(
-                f"{dataset.__name__} is incomplete and cannot be downloaded ({type(error).__name__}): put"
-                f" {', '.join(missing)} (unpacked, or as .gz) into {raw}, or name another folder with --data-dir"
-            )
-    for name, size in IDX_FILES.items():
-        if (found := (raw / name).stat().st_size) != size:
-            stop(
-                f"{raw / name} has {found:,} bytes instead of {size:,}: remove it, and it is downloaded again"
+                f"{path} has {path.stat().st_size:,} bytes, not {size:,}: remove it, it is then downloaded again"
             )
     try:
-        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
-        images = [F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test)]
-        if images[0].shape != (60000, 1, 32, 32) or images[1].shape != (10000, 1, 32, 32):
+        train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
+        if train.data.shape != (60000, 28, 28) or test.data.shape != (10000, 28, 28):
             raise ValueError("not 28x28 images")
-        if not all(0 <= split.targets.min() and split.targets.max() <= 9 for split in (train, test)):
+        if train.targets.unique().tolist() != list(range(10)) or test.targets.max() > 9:
             raise ValueError("labels outside 0..9")
     except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
-        stop(f"the files in {raw} are damaged ({error}): remove them, and they are downloaded again")
-    return Data(images[0], train.targets, images[1], test.targets)
+        if missing := [name for name in IDX_FILES if not (raw / name).is_file()]:
+            stop(
+                f"{dataset.__name__} is not complete and cannot be downloaded: put {', '.join(missing)}"
+                f" (plain or .gz) into {raw}, or name another folder with --data-dir"
+            )
+        stop(f"the files in {raw} are damaged ({error}): remove them, they are then downloaded again")
+    x, test_x = (F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test))
+    return Data(x, train.targets, test_x, test.targets)
 
 
 LOADERS: dict[str, Callable[[Path], Data]] = {
@@ -190,9 +189,17 @@ LOADERS: dict[str, Callable[[Path], Data]] = {
 }
 
 
-def first_of_each_class(y: Tensor, n: int) -> Tensor:
-    """Indices of the first n images of each class. y (N,) -> (<= n * classes,)."""
-    return torch.cat([(y == c).nonzero()[:n, 0] for c in y.unique()])
+def limit_classes(data: Data, n: int) -> Data:
+    """The first n images of each class, of those to train and of those to test."""
+    train, test = (torch.cat([(y == c).nonzero()[:n, 0] for c in y.unique()]) for y in (data.y, data.test_y))
+    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
+
+
+def split_tasks(data: Data, tasks: int) -> list[Data]:
+    """The classes in label order, equally many a task."""
+    per_task = int(data.y.max() + 1) // tasks
+    masks = [(data.y // per_task == task, data.test_y // per_task == task) for task in range(tasks)]
+    return [Data(data.x[a], data.y[a], data.test_x[b], data.test_y[b]) for a, b in masks]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -691,32 +698,32 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 # One task, and the loop over tasks.
 
 
-def train_task(
-    cfg, task: int, model, teacher, penalty, x: Tensor, y: Tensor, pool, log, total_passes
-) -> None:
+def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iterator[tuple[int, float]]:
     """Train the model on one task: L_total = denoising + distillation + penalty, with a fresh Adam.
 
     x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher and
-    penalty may be None. Writes the mean losses to `log`; stops when the loss is not finite.
+    penalty may be None. Writes mean losses to `log`, and stops when one is not finite.
+    Yields, now and then, how many images have been trained on and in how many seconds.
     """
-    device, started = x.device, time.perf_counter()
-    order, replay, noise = (rng(cfg.seed, purpose, task, device) for purpose in ("order", "replay", "noise"))
+    order, replay, noise = (
+        rng(cfg.seed, purpose, task, x.device) for purpose in ("order", "replay", "noise")
+    )
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
     steps_per_epoch = len(x) // batch
     steps = cfg.epochs * steps_per_epoch
+    step, recent, started = 0, [], time.perf_counter()
     model.train()
-    step, recent = 0, []
     with tqdm(total=steps, desc=f"task {task + 1}/{cfg.tasks} {cfg.method}", unit="step", **BAR) as bar:
         for epoch in range(cfg.epochs):
-            shuffled = torch.randperm(len(x), generator=order, device=device)
+            shuffled = torch.randperm(len(x), generator=order, device=x.device)
             for index in shuffled[: steps_per_epoch * batch].split(batch):
                 batch_x, batch_y = x[index], y[index]
                 if pool:
-                    old = torch.randint(len(pool[0]), (len(index),), generator=replay, device=device)
+                    old = torch.randint(len(pool[0]), (batch,), generator=replay, device=x.device)
                     batch_x, batch_y = torch.cat([batch_x, pool[0][old]]), torch.cat([batch_y, pool[1][old]])
-                denoise, distill = losses(model, teacher, to_float(batch_x), batch_y, len(index), noise)
+                denoise, distill = losses(model, teacher, to_float(batch_x), batch_y, batch, noise)
                 ewc = penalty(parameters_to_vector(params)) if penalty else torch.zeros_like(denoise)
                 if cfg.lr_decay == "linear":
                     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
@@ -731,6 +738,7 @@ def train_task(
                 values = torch.stack(recent).cpu()  # (steps since the last log, 3)
                 if not values.isfinite().all():
                     bad = step - len(values) + 1 + int((~values.isfinite().all(1)).nonzero()[0])
+                    bar.close()
                     stop(
                         f"the loss is no longer finite in task {task + 1} at step {bad} of {steps}:"
                         f" lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
@@ -740,45 +748,65 @@ def train_task(
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v}, refresh=False)
                 bar.update(step - bar.n)
                 recent = []
-                elapsed = time.perf_counter() - started
-                if total_passes and (elapsed > 5 or step == steps or step >= 3 * LOG_EVERY):
-                    announce(elapsed / (step * batch * 3) * total_passes, bar)
-                    total_passes = None
+                yield step * batch, time.perf_counter() - started
 
 
-def passes_of_a_run(cfg, method: Method, num_train: list[int], num_test: list[int]) -> float:
+def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
     """How often the whole run passes one image forward through the network; a backward pass counts as two."""
-    passes, per_task = 0.0, (len(num_train) // cfg.tasks)
-    for task in range(cfg.tasks):
-        seen = slice(0, (task + 1) * per_task)
-        real = sum(num_train[task * per_task : (task + 1) * per_task])
-        replayed, taught = task > 0 and method.replay, task > 0 and method.distill
-        passes += cfg.epochs * real * (3 + 3 * replayed + taught)
-        passes += cfg.sample_steps * (sum(num_test[seen]) + replayed * cfg.replay_per_class * task * per_task)
-        passes += 6 * (cfg.fisher_samples or real) if method.fisher and task < cfg.tasks - 1 else 0
+    passes, tested = 0, 0
+    for task, data in enumerate(tasks):
+        replay, distill = (task > 0 and on for on in (method.replay, method.distill))
+        pool = (
+            replay * cfg.replay_per_class * len(torch.cat([d.y for d in tasks[:task]]).unique())
+            if task
+            else 0
+        )
+        tested += len(data.test_y)
+        passes += cfg.epochs * len(data.y) * (3 + 3 * replay + distill) + cfg.sample_steps * (pool + tested)
+        if method.fisher and task + 1 < len(tasks):
+            passes += 6 * (cfg.fisher_samples or len(data.y))
     return passes
 
 
-def announce(seconds: float, bar: tqdm) -> None:
+def duration(seconds: float) -> str:
+    """5400 -> "90 minutes"."""
+    units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
+    return f"{seconds / units[unit]:.0f} {unit}"
+
+
+def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
+    """What to watch of a task's Fisher: its trace, or along mu the energy c* ||mu||^2 (the curvature over lam)."""
+    if isinstance(fisher, Tensor):
+        return {"trace": float(fisher.sum())}
+    mu, c_star = fisher
+    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
+
+
+def announce(seconds: float) -> None:
     """Say how long the whole run will take and, where that is more than a coffee, what makes it minutes."""
-    units = [("weeks", 604800), ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)]
-    unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
-    bar.write(f"At this rate the whole run takes about {seconds / size:.0f} {unit}.")
+    tqdm.write(f"At this rate the whole run takes about {duration(seconds)}.")
     if seconds > 3 * 3600:
-        bar.write(
-            "For minutes instead: --channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10"
-            " --fid classifier"
+        small = (
+            "--channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10 --fid classifier"
         )
+        tqdm.write(f"For a quick look in minutes: {small}")
 
 
 def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray]) -> dict:
-    """Train task after task and measure after each: the paper's Algorithm. Writes into cfg.out, returns the result.
+    """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
-    data: all tasks' images on the device they are trained on; features: images uint8 -> FID features.
+    data: all images, on the device that trains; features: images uint8 -> FID features (N, d).
     """
-    method, device, shape, seconds = METHODS[cfg.method], data.x.device, data.x.shape[1:], Counter()
+    method, tasks, device, shape = (
+        METHODS[cfg.method],
+        split_tasks(data, cfg.tasks),
+        data.x.device,
+        data.x.shape[1:],
+    )
     num_classes = int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
+    seconds, fid, fishers = Counter(), [], []
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -788,83 +816,66 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             torch.cuda.synchronize()
         seconds[name] += time.perf_counter() - start
 
-    def of_task(labels: Tensor, task: int) -> Tensor:
-        return (labels // per_task == task).nonzero()[:, 0]
-
     torch.manual_seed(cfg.seed)  # the global generator: initial weights and dropout, nothing else
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.norm_groups, cfg.dropout).to(
         device
     )
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    counts = [v.bincount(minlength=num_classes).tolist() for v in (data.y, data.test_y)]
-    total_passes = passes_of_a_run(cfg, method, *counts)
+    picture_rng = rng(cfg.seed, "picture", 0, device)
+    picture_noise = torch.randn(num_classes * 10, *shape, generator=picture_rng, device=device)
+    total_passes = passes_of_a_run(cfg, method, tasks)
     with timed("fid"):
-        tests = [of_task(data.test_y, task) for task in range(cfg.tasks)]
-        real = [features(data.test_x[i]) for i in tests]
-        trains = [of_task(data.y, task)[: len(i)] for task, i in enumerate(tests)]
-        fid_real = [frechet_distance(a, features(data.x[i])) for a, i in zip(real, trains)]
-    picture_noise = torch.randn(
-        num_classes * 10, *shape, generator=rng(cfg.seed, "picture", 0, device), device=device
-    )
-    fid, fishers, written = [], [], []
+        real = [features(d.test_x) for d in tasks]
+        fid_real = [frechet_distance(a, features(d.x[: len(a)])) for a, d in zip(real, tasks)]
 
     with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
-        for task in range(cfg.tasks):
-            teacher = copy.deepcopy(model).eval().requires_grad_(False) if task else None
-            pool = None
+        for task, (x, y, _, _) in enumerate(tasks):
+            name = f"task {task + 1}/{cfg.tasks}"
+            # Before it: the teacher is the model so far, and paints the old classes.
+            teacher = pool = None
+            if task:
+                teacher = copy.deepcopy(model).eval().requires_grad_(False)
+                if penalty:
+                    penalty.start(flat(teacher.parameters()))
             if task and method.replay:
                 with timed("sample"):
-                    generator, name = (
-                        rng(cfg.seed, "pool", task, device),
-                        f"task {task + 1}/{cfg.tasks} replay pool",
-                    )
                     pool = replay_pool(
                         teacher,
                         shape,
                         task * per_task,
                         cfg.replay_per_class,
                         cfg.sample_steps,
-                        generator,
-                        name,
+                        rng(cfg.seed, "pool", task, device),
+                        f"{name} replay pool",
                     )
-            if task and penalty:
-                penalty.start(flat(teacher.parameters()))
-            index = of_task(data.y, task)
-            x, y = data.x[index], data.y[index]
+
             with timed("train"):
-                train_task(
-                    cfg,
-                    task,
-                    model,
-                    teacher if method.distill else None,
-                    penalty if task else None,
-                    x,
-                    y,
-                    pool,
-                    log,
-                    total_passes if task == 0 else None,
-                )
-            if penalty and task < cfg.tasks - 1:
+                imitated, held = (teacher if method.distill else None), (penalty if task else None)
+                for images, elapsed in train_task(cfg, task, model, imitated, held, x, y, pool, log):
+                    if total_passes and (elapsed > 5 or images >= 2000):
+                        announce(elapsed / (3 * images) * total_passes)
+                        total_passes = None
+
+            # After it: what the weights mean to this task, then the measurement on all tasks so far.
+            if penalty and task + 1 < cfg.tasks:
                 with timed("fisher"):
-                    n, generator = cfg.fisher_samples or len(x), rng(cfg.seed, "fisher", task, device)
-                    fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
+                    n, fisher_rng = cfg.fisher_samples or len(x), rng(cfg.seed, "fisher", task, device)
+                    fisher = method.fisher(model, x, y, n, cfg.batch_size, fisher_rng)
                     penalty.add(fisher, flat(model.parameters()))
                     fishers.append(describe_fisher(fisher))
-
-            y = data.test_y[torch.cat(tests[: task + 1])]
             with timed("sample"):
-                generator, name = (
-                    rng(cfg.seed, "fid", task, device),
-                    f"task {task + 1}/{cfg.tasks} samples for FID",
+                labels = [d.test_y for d in tasks[: task + 1]]
+                fid_rng = rng(cfg.seed, "fid", task, device)
+                fakes = sample_images(
+                    model, shape, torch.cat(labels), cfg.sample_steps, fid_rng, f"{name} samples for FID"
                 )
-                fakes = sample_images(model, shape, y, cfg.sample_steps, generator, name)
             with timed("fid"):
-                parts = fakes.split([len(i) for i in tests[: task + 1]])
-                row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
-                fid.append(row + [None] * (cfg.tasks - task - 1))
-            y = torch.arange((task + 1) * per_task, device=device).repeat_interleave(10)
-            images = to_uint8(ddim_sample(model, picture_noise[: len(y)], y, cfg.sample_steps))
-            written.append(save_samples(images, cfg.out / f"samples-task{task + 1}.png"))
+                parts = zip(real, fakes.split([len(v) for v in labels]))
+                row = [frechet_distance(a, features(part)) for a, part in parts]
+                fid.append(row + [None] * (cfg.tasks - len(row)))
+            shown = torch.arange((task + 1) * per_task, device=device).repeat_interleave(10)
+            picture = to_uint8(ddim_sample(model, picture_noise[: len(shown)], shown, cfg.sample_steps))
+            save_samples(picture, cfg.out / f"samples-task{task + 1}.png")
             tqdm.write(f"after task {task + 1}: FID " + "  ".join(f"{v:.1f}" for v in row))
 
     with whole(cfg.out / "model.pt") as temporary:
@@ -876,26 +887,16 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         "afid": afid,
         "forgetting": forgetting,
         "fid_features": cfg.fid_features,
-        "fid_real": fid_real,
+        "fid_real": fid_real,  # training against test images: what a perfect model would get
         "fisher": fishers,
-        "config": {k: v for k, v in vars(cfg).items() if k not in ("data_dir", "out")},
+        "config": {k: v for k, v in vars(cfg).items() if k not in ("data_dir", "out", "plot_sweep")},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "seconds": {k: round(seconds[k], 1) for k in ("train", "sample", "fisher", "fid")},
     }
-    written.append(plot_fid(result, cfg.out / "fid.png"))
+    plot_fid(result, cfg.out / "fid.png")
     with whole(cfg.out / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1, default=str, allow_nan=False) + "\n")
-    written += [cfg.out / name for name in ("log.jsonl", "model.pt", "result.json")]
-    print(table(result), *(f"wrote {path}" for path in written), sep="\n")
+        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
-
-
-def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
-    """What to watch of a task's Fisher: its trace, or along mu the energy c* ||mu||^2 (the curvature over lam)."""
-    if isinstance(fisher, Tensor):
-        return {"trace": float(fisher.sum())}
-    mu, c_star = fisher
-    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -917,16 +918,15 @@ def table(result: dict) -> str:
     return "\n".join(["", title, *rows, "", final, ""])
 
 
-def save_samples(images: Tensor, path: Path) -> Path:
+def save_samples(images: Tensor, path: Path) -> None:
     """A picture of (10 * rows, C, H, W) uint8 images, ten in a row, each shown at 32 pixels or more."""
     scale = max(1, 32 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
     with whole(path) as temporary:
         torchvision.utils.save_image(images / 255, temporary, nrow=10, pad_value=0.5)
-    return path
 
 
-def plot_fid(result: dict, path: Path) -> Path:
+def plot_fid(result: dict, path: Path) -> None:
     """Each task's FID from the task it was learned in to the last, and their mean, the AFID."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -940,7 +940,6 @@ def plot_fid(result: dict, path: Path) -> Path:
     axes.legend()
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    return path
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
@@ -1118,17 +1117,15 @@ def main(argv: list[str] | None = None) -> dict | None:
         features, accuracy = classifier_features(cfg.dataset, data)
         cfg.fid_features = f"{cfg.dataset}-classifier"
         print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
-    if cfg.limit:
-        train, test = (first_of_each_class(y, cfg.limit) for y in (data.y, data.test_y))
-        data = Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
     try:
-        return run(cfg, data, features)
+        result = run(cfg, limit_classes(data, cfg.limit) if cfg.limit else data, features)
     except KeyboardInterrupt:
         stop("interrupted: nothing is kept of this run but its log and pictures")
     except torch.OutOfMemoryError:
-        stop(
-            f"{device} has too little memory: try a smaller --batch-size (now {cfg.batch_size}) or --channels"
-        )
+        stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
+    print(table(result))
+    print(f"In {cfg.out}: result.json, fid.png, samples-task1..{cfg.tasks}.png, log.jsonl, model.pt")
+    return result
 
 
 if __name__ == "__main__":

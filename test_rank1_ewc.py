@@ -1,0 +1,621 @@
+"""The claims of rank1_ewc.py, a test each; the oracle is the slow, obvious way."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
+
+import cleanfid.fid
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import rank1_ewc as r
+
+SCRIPT = Path(r.__file__)
+CPU = torch.device("cpu")
+QUICK = ["--channels=8", "--epochs=1", "--sample-steps=2", "--replay-per-class=3", "--device=cpu"]
+torch.set_num_threads(1)  # these networks are too small to share out, and a busy machine makes it very slow
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """The classifier of the digits is trained once for all tests, away from the user's cache."""
+    monkeypatch.setattr(r, "CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_unet(seed=0, channels=(8, 8, 8), **settings):
+    torch.manual_seed(seed)
+    return r.UNet(1, 10, channels, layers_per_block=1, norm_groups=8, **settings)
+
+
+def small_images(n=6, seed=0):
+    images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator(seed))
+    return images, torch.arange(n) % 10
+
+
+# ---- denoiser and diffusion
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "num_classes", "count"), [(1, 10, 37191681), (3, 10, 37196291), (3, 1000, 37703171)]
+)
+def test_unet_has_as_many_parameters_as_the_papers(in_channels, num_classes, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in r.UNet(in_channels, num_classes).parameters()) == count
+
+
+def diffusers_unet(channels, layers_per_block, norm_groups):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
+    if len(channels) > 2:
+        down[2], up[len(channels) - 3] = "AttnDownBlock2D", "AttnUpBlock2D"
+    return diffusers.UNet2DModel(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=layers_per_block,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        num_class_embeds=10,
+        norm_num_groups=norm_groups,
+        dropout=0.1,
+    )
+
+
+@pytest.mark.parametrize("settings", [((128, 256, 256, 256), 2, 32), ((16, 32), 1, 8), ((8, 16, 24), 1, 8)])
+def test_unet_and_diffusers_share_weights_both_ways_and_give_the_same_output(settings):
+    theirs, ours = diffusers_unet(*settings).eval(), r.UNet(1, 10, *settings).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, t, y = torch.randn(2, 1, 16, 16, generator=generator()), torch.tensor([3, 777]), torch.tensor([1, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, y), theirs(x, t, class_labels=y).sample, atol=1e-4, rtol=0)
+
+
+def test_ddim_and_diffusers_scheduler_paint_the_same_images():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    model, scheduler = small_unet().eval(), diffusers.DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(50)
+    x = noise = torch.randn(4, 1, 8, 8, generator=generator())
+    y = torch.arange(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t.expand(4), y), t, x).prev_sample
+    torch.testing.assert_close(r.ddim_sample(model, noise, y, 50), x, atol=1e-3, rtol=0)
+
+
+def test_add_noise_has_the_mean_and_variance_of_the_forward_process():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    for t in (0, 300, 999):
+        abar = math.prod(1 - betas[: t + 1])
+        x_t = r.add_noise(
+            torch.full((1, 1, 400, 400), 0.7),
+            torch.tensor([t]),
+            torch.randn(1, 1, 400, 400, generator=generator()),
+        )
+        assert x_t.mean().item() == pytest.approx(math.sqrt(abar) * 0.7, abs=0.01)
+        assert x_t.var().item() == pytest.approx(1 - abar, rel=0.02, abs=1e-6)
+
+
+def gaussian_denoiser(mean, std):
+    """E[eps | x_t], in closed form, where every pixel of x_0 is N(mean, std^2)."""
+
+    def predict(x, t, y):
+        abar = r.alphas_cumprod(CPU)[t][:, None, None, None]
+        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
+
+    return predict
+
+
+def test_ddim_turns_noise_into_the_gaussian_whose_optimal_denoiser_it_is_given():
+    # The probability-flow ODE maps x_999 linearly onto N(mean, std^2); 1000 steps follow it closely.
+    mean, std = 0.1, 0.2
+    noise, y = torch.randn(2000, 1, 2, 2, generator=generator()), torch.zeros(2000, dtype=torch.long)
+    abar = r.alphas_cumprod(CPU)[999].item()
+    exact = mean + std * (noise - math.sqrt(abar) * mean) / math.sqrt(abar * std**2 + 1 - abar)
+    x0 = r.ddim_sample(gaussian_denoiser(mean, std), noise, y, 1000)
+    torch.testing.assert_close(x0, exact, atol=0.02, rtol=0)
+    assert x0.std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_ddim_clips_its_estimate_of_the_image_to_the_pixel_range():
+    x0 = r.ddim_sample(lambda x, t, y: -5 * x, torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.long), 5)
+    assert x0.abs().max() <= 1
+
+
+def test_uint8_images_survive_the_way_to_float_and_back():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(r.to_uint8(r.to_float(every)), every)
+    assert r.to_float(every).min() == -1
+    assert r.to_float(every).max() == 1
+
+
+# ---- Fisher
+
+
+def gradients_one_by_one(model, images, labels, n, batch, seed):
+    """g_i (n, D) in float64, a backward pass per sample, on the draws that the estimators make."""
+    g = []
+    for draw in r.fisher_draws(images, labels, n, batch, generator(seed)):
+        for sample in zip(*draw):
+            loss = r.per_sample_loss(model, *(v[None] for v in sample))[0]
+            g.append(r.flat(torch.autograd.grad(loss, model.parameters())))
+    return torch.stack(g).double()
+
+
+@pytest.mark.parametrize("n", [6, 10])  # each image once, and some twice
+def test_mu_and_c_star_match_per_sample_gradients(n):
+    model, (images, labels) = small_unet(dropout=0.5), small_images()
+    mu, c_star = r.rank1_fisher(model, images, labels, n, 4, generator(3))
+    g = gradients_one_by_one(model, images, labels, n, 4, seed=3)
+    mean = g.mean(0)
+    torch.testing.assert_close(mu.double(), mean, atol=1e-3 * mean.abs().max().item(), rtol=0)
+    assert c_star == pytest.approx(((g @ mean).square().mean() / mean.norm() ** 4).item(), rel=1e-3)
+
+
+def test_diagonal_fisher_matches_per_sample_gradients():
+    model, (images, labels) = small_unet(dropout=0.5), small_images()
+    diagonal = r.diagonal_fisher(model, images, labels, 10, 4, generator(3))
+    exact = gradients_one_by_one(model, images, labels, 10, 4, seed=3).square().mean(0)
+    torch.testing.assert_close(diagonal.double(), exact, atol=1e-3 * exact.max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_c_star_is_at_least_one(seed):
+    assert r.rank1_fisher(small_unet(seed), *small_images(seed=seed), 8, 4, generator(seed))[1] >= 1
+
+
+# ---- penalties: against the paper's formulas with every theta*_k kept
+
+
+def three_tasks(dim=50):
+    """mu_k, c*_k, F_k and theta*_k of three tasks, and weights on the way through a fourth."""
+    rows = torch.randn(10, dim, generator=generator(1))
+    tasks = [(0.3 * rows[k], 1.5 + k, rows[3 + k].square(), rows[6 + k]) for k in range(3)]
+    return tasks, tasks[-1][3] + 0.1 * rows[9]
+
+
+def value_and_gradient(penalty, theta):
+    theta = theta.clone().requires_grad_()
+    value = penalty(theta)
+    return value.detach(), torch.autograd.grad(value, theta)[0]
+
+
+def test_rank1_penalty_and_its_gradient_equal_the_formula_with_stored_weights():
+    tasks, theta = three_tasks()
+    penalty = r.Rank1Penalty(lam=7.0)
+    for mu, c_star, _, theta_star in tasks:
+        penalty.add((mu, c_star), theta_star)
+    penalty.start(tasks[-1][3])
+
+    def formula(theta):
+        return 7 / 2 * sum(c * (mu.double() @ (theta - star.double())) ** 2 for mu, c, _, star in tasks)
+
+    for ours, exact in zip(value_and_gradient(penalty, theta), value_and_gradient(formula, theta.double())):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_diagonal_penalty_and_its_gradient_equal_the_formula_with_stored_weights():
+    tasks, theta = three_tasks()
+    for _, _, fisher, _ in tasks:
+        fisher[:5] = 0  # weights that no task cares for
+    penalty = r.DiagonalPenalty(lam=7.0)
+    for _, _, fisher, theta_star in tasks:
+        penalty.add(fisher, theta_star)
+    penalty.start(tasks[-1][3])
+
+    def formula(theta):
+        return 7 / 2 * sum((f.double() * (theta - star.double()) ** 2).sum() for _, _, f, star in tasks)
+
+    for ours, exact in zip(value_and_gradient(penalty, theta), value_and_gradient(formula, theta.double())):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_penalties_keep_no_copy_of_the_old_weights_per_task():
+    tasks, _ = three_tasks(dim=50)
+    rank1, diagonal = r.Rank1Penalty(1.0), r.DiagonalPenalty(1.0)
+    for mu, c_star, fisher, theta_star in tasks:
+        rank1.add((mu, c_star), theta_star)
+        diagonal.add(fisher, theta_star)
+    assert (rank1.a.shape, len(rank1.b)) == ((3, 50), 3)
+    assert [name for name, v in vars(rank1).items() if torch.is_tensor(v)] == ["a"]
+    assert [name for name, v in vars(diagonal).items() if torch.is_tensor(v)] == ["H", "center"]
+    assert (diagonal.H.shape, diagonal.center.shape) == ((50,), (50,))
+
+
+def test_rank1_penalty_is_exact_at_the_papers_size_in_float32():
+    D, g = 37_191_681, generator(2)
+    mu = 1e-5 * torch.randn(D, generator=g)
+    theta_star, theta_start = (0.05 * torch.randn(D, generator=g) for _ in range(2))
+    theta = theta_start + 1e-5 * torch.randn(D, generator=g) + 0.01 * mu
+    penalty = r.Rank1Penalty(lam=15000.0)
+    penalty.add((mu, 2.5), theta_star)
+    penalty.add((mu, 2.5), theta_start)
+    penalty.start(theta_start)
+    a = math.sqrt(2.5) * mu.double()
+    from_start = a @ (theta.double() - theta_start.double())
+    from_first = a @ (theta.double() - theta_star.double())
+    exact = 15000 / 2 * (from_start**2 + from_first**2)
+    assert penalty(theta).item() == pytest.approx(exact.item(), rel=1e-4)
+    # With the last task alone the penalty is tiny, and computed as a^T theta - b in float32 it would drown.
+    alone = r.Rank1Penalty(lam=15000.0)
+    alone.add((mu, 2.5), theta_start)
+    alone.start(theta_start)
+    exact = (15000 / 2 * from_start**2).item()
+    naive = 15000 / 2 * (a.float() @ theta - a.float() @ theta_start).item() ** 2
+    assert alone(theta).item() == pytest.approx(exact, rel=1e-3)
+    assert naive != pytest.approx(exact, rel=1e-3)
+
+
+# ---- replay and distillation
+
+
+def test_replay_pool_holds_equally_many_uint8_images_of_every_old_class():
+    x, y = r.replay_pool(small_unet(), (1, 8, 8), 4, 3, 2, generator(), "pool")
+    assert x.dtype == torch.uint8
+    assert x.shape == (12, 1, 8, 8)
+    assert y.bincount().tolist() == [3, 3, 3, 3]
+    assert x.float().std() > 1
+
+
+def test_distillation_has_no_gradient_where_student_and_teacher_agree():
+    student = small_unet().eval()
+    x0, y = torch.randn(6, 1, 8, 8, generator=generator()), torch.arange(6)
+    _, same = r.losses(student, copy.deepcopy(student), x0, y, 3, generator())
+    _, other = r.losses(student, small_unet(seed=1).eval(), x0, y, 3, generator())
+    norms = [r.flat(torch.autograd.grad(loss, student.parameters())).norm() for loss in (same, other)]
+    assert norms[0] < 1e-5 * norms[1]  # not 0: the teacher's smaller batch may be rounded differently
+
+
+def test_one_student_pass_gives_both_losses_and_the_teacher_sees_its_noisy_replay_images():
+    student, teacher, seen = small_unet().eval(), small_unet(seed=1).eval(), {}
+
+    def spy(name, model):
+        def predict(x_t, t, y):
+            assert name not in seen
+            seen[name] = (x_t, t, y)
+            return model(x_t, t, y)
+
+        return predict
+
+    x0, y = torch.randn(6, 1, 8, 8, generator=generator()), torch.arange(6)
+    denoise, distill = r.losses(spy("student", student), spy("teacher", teacher), x0, y, 4, generator(5))
+    for ours, theirs in zip(seen["student"], seen["teacher"]):
+        assert torch.equal(ours[4:], theirs)
+    t, eps = r.draw_noise(x0, generator(5))
+    expected = [
+        r.per_sample_loss(student, x0[i : i + 1], t[i : i + 1], eps[i : i + 1], y[i : i + 1])
+        for i in range(6)
+    ]
+    torch.testing.assert_close(denoise, torch.cat(expected).mean())
+    x_t = r.add_noise(x0, t, eps)[4:]
+    difference = student(x_t, t[4:], y[4:]) - teacher(x_t, t[4:], y[4:])
+    torch.testing.assert_close(distill, difference.square().mean())
+
+
+# ---- metric
+
+
+def test_frechet_distance_equals_clean_fids():
+    a, b = (torch.randn(200, 8, generator=generator(s)).numpy() * (1 + s) + s for s in range(2))
+    exact = cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    assert r.frechet_distance(a, b) == pytest.approx(exact, rel=1e-6)
+
+
+def test_frechet_distance_equals_a_case_solved_by_hand():
+    # Uncorrelated axes: each adds (difference of means)^2 + (difference of standard deviations)^2.
+    a = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # variance 4/3 on both axes
+    by_hand = 2 * 5**2 + 2 * (3 * math.sqrt(4 / 3) - math.sqrt(4 / 3)) ** 2
+    assert r.frechet_distance(a, 3 * a + 5) == pytest.approx(by_hand)
+    assert r.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_afid_and_forgetting_equal_a_matrix_worked_by_hand():
+    afid, forgetting = r.afid_and_forgetting([[4.0, None, None], [6.0, 10.0, None], [9.0, 12.0, 3.0]])
+    assert afid == [4, 8, 8]
+    assert forgetting == pytest.approx((5 + 2 + 0) / 3)
+
+
+def test_inception_features_give_clean_fid_299_pixel_rgb_in_0_to_255(monkeypatch):
+    shapes = []
+
+    def mean_colour(batch):
+        shapes.append(tuple(batch.shape[1:]))
+        return batch.mean((2, 3))
+
+    monkeypatch.setattr(r.cleanfid.features, "build_feature_extractor", lambda *_, **__: mean_colour)
+    images = torch.arange(120, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+    features = r.inception_features(CPU)(images)
+    assert set(shapes) == {(3, 299, 299)}
+    np.testing.assert_allclose(features, np.arange(120)[:, None].repeat(3, 1), atol=1e-3)
+
+
+def test_classifier_is_good_and_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(r, "CACHE", tmp_path)
+    data = r.load_digits(tmp_path)
+    features, accuracy = r.classifier_features("digits", data)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    again, _ = r.classifier_features("digits", data)
+    assert accuracy > 0.95
+    assert file.stat().st_mtime_ns == written
+    assert np.array_equal(features(data.test_x[:20]), again(data.test_x[:20]))
+    assert features(data.test_x[:20]).shape == (20, 64)
+
+
+# ---- data
+
+
+def test_digits_are_all_there_once_with_at_least_150_test_images_a_task():
+    data = r.load_digits(Path())
+    assert len(data.y) + len(data.test_y) == 1797
+    assert (data.x.min(), data.x.max()) == (0, 255)
+    assert min(len(task.test_y) for task in r.split_tasks(data, 5)) >= 150
+
+
+def test_tasks_hold_every_class_once_in_label_order():
+    data = r.load_digits(Path())
+    tasks = r.split_tasks(data, 5)
+    assert [sorted(set(task.y.tolist())) for task in tasks] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert sum(len(task.x) for task in tasks) == len(data.x)
+
+
+def write_idx(folder, train=60000, test=10000):
+    """MNIST files in torchvision's layout, the pixels counting up."""
+    folder.mkdir(parents=True)
+    for split, n in (("train", train), ("t10k", test)):
+        head = b"".join(i.to_bytes(4, "big") for i in (0x803, n, 28, 28))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(head + bytes(i % 251 for i in range(784)) * n)
+        head = b"".join(i.to_bytes(4, "big") for i in (0x801, n))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(head + bytes(range(10)) * (n // 10))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_idx_files_are_read_and_padded_to_32(tmp_path, no_network, name):
+    write_idx(tmp_path / {"mnist": "MNIST", "fashion": "FashionMNIST"}[name] / "raw")
+    data = r.LOADERS[name](tmp_path)
+    assert data.x.shape == (60000, 1, 32, 32)
+    assert data.test_x.shape == (10000, 1, 32, 32)
+    assert data.test_y[:12].tolist() == [*range(10), 0, 1]
+    inside = data.x[5, 0, 2:30, 2:30].flatten().tolist()
+    assert inside == [i % 251 for i in range(784)]
+    assert data.x[5].sum() == sum(inside)
+
+
+# ---- the whole thing
+
+
+def run_main(out, *argv):
+    return r.main([*QUICK, "--out", str(out), *argv])
+
+
+@pytest.mark.parametrize("method", r.METHODS)
+def test_every_method_runs_from_the_command_line_and_leaves_its_results(tmp_path, method):
+    command = [sys.executable, str(SCRIPT), *QUICK, "--method", method, "--out", str(tmp_path / "out")]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+    assert "AFID" in done.stdout
+    assert "digits-classifier" in done.stdout
+    assert f"task 5/5 {method}" in done.stderr
+
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert [[v is not None for v in row] for row in result["fid"]] == [
+        [k <= j for k in range(5)] for j in range(5)
+    ]
+    assert (result["afid"], result["forgetting"]) == r.afid_and_forgetting(result["fid"])
+    assert (result["dataset"], result["method"], result["seed"]) == ("digits", method, 0)
+    assert set(result["seconds"]) == {"train", "sample", "fisher", "fid"}
+    assert result["config"]["epochs"] == 1
+    assert len(result["fisher"]) == (0 if method == "gd" else 4)
+
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert {line["task"] for line in log} == {1, 2, 3, 4, 5}
+    assert all(line["distill"] > 0 for line in log if line["task"] > 1)
+    assert (max(line["ewc"] for line in log) > 0) == (method != "gd")
+    model = r.UNet(1, 10, (8,), layers_per_block=1, norm_groups=8)
+    model.load_state_dict(torch.load(tmp_path / "out/model.pt", weights_only=True))
+    for k in range(1, 6):
+        picture = torchvision.io.decode_image(str(tmp_path / f"out/samples-task{k}.png"))
+        assert picture.shape[1:] == (2 * k * 34 + 2, 10 * 34 + 2)
+    assert (tmp_path / "out/fid.png").stat().st_size > 1000
+    assert not [path for path in (tmp_path / "out").iterdir() if "tmp" in path.name]
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(tmp_path):
+    first, again, other = (
+        json.loads(json.dumps(run_main(tmp_path / str(i), "--seed", seed, "--dropout", "0.1")))
+        for i, seed in enumerate(("1", "1", "2"))
+    )
+    for result in (first, again, other):
+        del result["seconds"]
+    assert first == again
+    assert first["fid"] != other["fid"]
+
+
+def test_rank1_without_a_penalty_is_gd_to_the_last_digit(tmp_path):
+    # lambda 0 is the baseline, and the Fisher's random draws change nobody else's.
+    assert run_main(tmp_path / "a", "--lam", "0")["fid"] == run_main(tmp_path / "b", "--method", "gd")["fid"]
+
+
+def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, monkeypatch):
+    real_forward, counted = r.UNet.forward, [0]
+
+    def count(self, x, t, y):
+        counted[0] += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return real_forward(self, x, t, y)
+
+    promised = []
+    passes_of_a_run = r.passes_of_a_run
+    monkeypatch.setattr(r, "passes_of_a_run", lambda *a: promised.append(passes_of_a_run(*a)) or promised[0])
+    monkeypatch.setattr(r.UNet, "forward", count)
+    run_main(tmp_path, "--epochs", "11")
+    assert "At this rate the whole run takes about" in capsys.readouterr().out
+    pictures = 2 * 10 * 2 * (1 + 2 + 3 + 4 + 5)  # DDIM steps x images a class x classes: too few to promise
+    assert counted[0] - pictures == pytest.approx(promised[0], rel=0.15)
+
+
+def test_an_unfinished_file_never_takes_the_place_of_a_whole_one(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), r.whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("result.json", "old")]
+
+
+def test_the_sweep_is_plotted_from_the_runs_results(tmp_path):
+    for lam in ("0", "30"):
+        run_main(tmp_path / "runs" / lam, "--lam", lam)
+    r.main(["--plot-sweep", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep")])
+    runs = json.loads((tmp_path / "sweep.json").read_text())
+    assert [run["lam"] for run in runs] == [0, 30]
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_and_the_cpu_find_the_same_mu_and_c_star():
+    model, (images, labels) = small_unet(), small_images(64)
+    draws = list(r.fisher_draws(images, labels, 64, 16, generator()))
+    found = []
+    for device in ("cpu", "cuda"):
+        on_device = copy.deepcopy(model).to(device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(r, "fisher_draws", lambda *_, d=device: ([v.to(d) for v in draw] for draw in draws))
+            found.append(r.rank1_fisher(on_device, images, labels, 64, 16, torch.Generator(device)))
+    torch.testing.assert_close(found[0][0], found[1][0].cpu(), atol=1e-4, rtol=0)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-2)
+
+
+# ---- bad input: one line on stderr that says what to do, status 2, before any training
+
+
+def refusal(capsys, *argv):
+    """The one line that the command line is refused with."""
+    with pytest.raises(SystemExit) as stopped:
+        r.main([*map(str, argv)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--dataset digit", "digits mnist fashion"),
+        ("--method rank2", "gd diag rank1"),
+        ("--fid vgg", "inception classifier"),
+        ("--lam -1", "--lam 0 -1"),
+        ("--lam nan", "--lam 0 nan"),
+        ("--lam inf", "--lam inf"),
+        ("--lam many", "--lam number"),
+        ("--epochs 0", "--epochs 1 0"),
+        ("--epochs 1.5", "--epochs integer"),
+        ("--limit 0", "--limit 1 0"),
+        ("--lr 0", "--lr above 0"),
+        ("--dropout 1", "--dropout 0.99"),
+        ("--sample-steps 1001", "--sample-steps 1000"),
+        ("--channels 8,12", "--channels multiples 8 12"),
+        ("--channels 32;64", "--channels 32,64"),
+        ("--channels 0", "--channels 1"),
+        ("--channels 8,8,8,8,8", "--channels levels 8x8"),
+        ("--device tpu", "--device auto cpu cuda"),
+        ("--device cuda:99", "--device cuda:99 auto"),
+        ("--seed -1", "--seed 0"),
+        ("--frobnicate", "--frobnicate"),
+        ("--plot-sweep nowhere", "nowhere make sweep"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(capsys, argv, words):
+    error = refusal(capsys, *argv.split())
+    assert all(word in error for word in words.split())
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file" / "out") in refusal(capsys, "--out", tmp_path / "file" / "out")
+
+
+def test_missing_data_without_a_network_is_refused_with_the_folder_and_the_files(
+    capsys, tmp_path, no_network
+):
+    error = refusal(capsys, "--dataset", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    for words in (
+        str(tmp_path / "MNIST/raw"),
+        "train-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+        "--data-dir",
+    ):
+        assert words in error
+
+
+def test_a_truncated_data_file_is_refused_by_its_name(capsys, tmp_path, no_network):
+    write_idx(tmp_path / "FashionMNIST/raw")
+    path = tmp_path / "FashionMNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    error = refusal(capsys, "--dataset", "fashion", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    assert str(path) in error
+    assert "7,840,016" in error
+
+
+@pytest.mark.parametrize(
+    ("file", "at", "to"), [("t10k-labels-idx1-ubyte", 9, 77), ("train-images-idx3-ubyte", 2, 1)]
+)
+def test_a_data_file_with_wrong_contents_is_refused(capsys, tmp_path, no_network, file, at, to):
+    write_idx(tmp_path / "MNIST/raw")
+    path = tmp_path / "MNIST/raw" / file
+    contents = bytearray(path.read_bytes())
+    contents[at] = to
+    path.write_bytes(contents)
+    error = refusal(capsys, "--dataset", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    assert "damaged" in error
+    assert str(path.parent) in error
+
+
+def test_inception_weights_that_cannot_be_fetched_are_refused_naming_the_classifier(
+    capsys, tmp_path, no_network, monkeypatch
+):
+    monkeypatch.setattr(r.cleanfid.features.InceptionV3W, "__init__", no_weights)
+    assert "--fid classifier" in refusal(capsys, "--fid", "inception", "--out", tmp_path)
+
+
+def no_weights(*_, **__):
+    raise URLError("no network")
+
+
+def test_a_damaged_classifier_file_is_refused_by_its_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(r, "CACHE", tmp_path)
+    r.classifier_features("digits", r.load_digits(tmp_path))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    assert str(path) in refusal(capsys, *QUICK, "--out", tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_task_step_and_settings(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(tmp_path, "--lr", "1e30")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert all(words in error for words in ("task 1", "step 2", "--lr", "1e+30", "--lam"))
