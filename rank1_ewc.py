@@ -50,8 +50,8 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
-# Settings. PAPER is section 5 of the paper; a dataset is a row of what it does differently. `methods`, the other
-# table, stands after the functions its rows name.
+# Settings. PAPER is the paper's; a dataset is a row of what it does differently. METHODS, the other table, stands
+# after the functions that its rows name.
 
 PAPER = {
     "tasks": 5,  # in label order, equally many classes each
@@ -709,7 +709,7 @@ def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iter
         rng(cfg.seed, purpose, task, x.device) for purpose in ("order", "replay", "noise")
     )
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.lr, fused=True)
+    optimizer = torch.optim.Adam(params, lr=cfg.lr)
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
     steps_per_epoch = len(x) // batch
     steps = cfg.epochs * steps_per_epoch
@@ -753,44 +753,34 @@ def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iter
 
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
     """How often the whole run passes one image forward through the network; a backward pass counts as two."""
-    passes, tested = 0, 0
-    for task, data in enumerate(tasks):
-        replay, distill = (task > 0 and on for on in (method.replay, method.distill))
-        pool = (
-            replay * cfg.replay_per_class * len(torch.cat([d.y for d in tasks[:task]]).unique())
-            if task
-            else 0
-        )
-        tested += len(data.test_y)
-        passes += cfg.epochs * len(data.y) * (3 + 3 * replay + distill) + cfg.sample_steps * (pool + tested)
-        if method.fisher and task + 1 < len(tasks):
-            passes += 6 * (cfg.fisher_samples or len(data.y))
-    return passes
-
-
-def duration(seconds: float) -> str:
-    """5400 -> "90 minutes"."""
-    units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-    unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
-    return f"{seconds / units[unit]:.0f} {unit}"
-
-
-def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
-    """What to watch of a task's Fisher: its trace, or along mu the energy c* ||mu||^2 (the curvature over lam)."""
-    if isinstance(fisher, Tensor):
-        return {"trace": float(fisher.sum())}
-    mu, c_star = fisher
-    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
+    passes = sampled = 0
+    for k, task in enumerate(tasks):
+        replay, distill = (k > 0 and on for on in (method.replay, method.distill))
+        passes += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
+        passes += 6 * (cfg.fisher_samples or len(task.y)) * (method.fisher is not None and k + 1 < len(tasks))
+        sampled += sum(len(t.test_y) for t in tasks[: k + 1])  # for the FID
+        sampled += replay * cfg.replay_per_class * sum(len(t.y.unique()) for t in tasks[:k])
+    return passes + cfg.sample_steps * sampled
 
 
 def announce(seconds: float) -> None:
-    """Say how long the whole run will take and, where that is more than a coffee, what makes it minutes."""
-    tqdm.write(f"At this rate the whole run takes about {duration(seconds)}.")
+    """Say how long the whole run will take and, where that is more than an afternoon, what makes it minutes."""
+    units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
+    tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.")
     if seconds > 3 * 3600:
         small = (
             "--channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10 --fid classifier"
         )
         tqdm.write(f"For a quick look in minutes: {small}")
+
+
+def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
+    """What to watch of a task's Fisher: its trace, or, along mu, c* and the energy c* ||mu||^2 (curvature / lam)."""
+    if isinstance(fisher, Tensor):
+        return {"trace": float(fisher.sum())}
+    mu, c_star = fisher
+    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
 
 
 def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray]) -> dict:
@@ -805,8 +795,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         data.x.shape[1:],
     )
     num_classes = int(data.y.max()) + 1
-    per_task = num_classes // cfg.tasks
-    seconds, fid, fishers = Counter(), [], []
+    per_task, steps = num_classes // cfg.tasks, cfg.sample_steps
+    fid, fishers, seconds = [], [], Counter()
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -821,77 +811,75 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         device
     )
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    picture_rng = rng(cfg.seed, "picture", 0, device)
-    picture_noise = torch.randn(num_classes * 10, *shape, generator=picture_rng, device=device)
     total_passes = passes_of_a_run(cfg, method, tasks)
-    with timed("fid"):
-        real = [features(d.test_x) for d in tasks]
-        fid_real = [frechet_distance(a, features(d.x[: len(a)])) for a, d in zip(real, tasks)]
+    draw = rng(cfg.seed, "picture", 0, device)
+    picture_noise = torch.randn(num_classes * 10, *shape, generator=draw, device=device)
+    with timed(
+        "fid"
+    ):  # what a perfect model would get: as many training images, at random, against the test images
+        real = [features(task.test_x) for task in tasks]
+        draw = rng(cfg.seed, "real", 0, device)
+        shuffled = [task.x[torch.randperm(len(task.x), generator=draw, device=device)] for task in tasks]
+        fid_real = [frechet_distance(a, features(x[: len(a)])) for a, x in zip(real, shuffled)]
 
     with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
-        for task, (x, y, _, _) in enumerate(tasks):
-            name = f"task {task + 1}/{cfg.tasks}"
-            # Before it: the teacher is the model so far, and paints the old classes.
-            teacher = pool = None
-            if task:
+        for k, (x, y, _, _) in enumerate(tasks):
+            name, teacher, pool = f"task {k + 1}/{cfg.tasks}", None, None
+            if k:
                 teacher = copy.deepcopy(model).eval().requires_grad_(False)
                 if penalty:
                     penalty.start(flat(teacher.parameters()))
-            if task and method.replay:
+            if k and method.replay:
                 with timed("sample"):
+                    draw, num_old = rng(cfg.seed, "pool", k, device), k * per_task
                     pool = replay_pool(
-                        teacher,
-                        shape,
-                        task * per_task,
-                        cfg.replay_per_class,
-                        cfg.sample_steps,
-                        rng(cfg.seed, "pool", task, device),
-                        f"{name} replay pool",
+                        teacher, shape, num_old, cfg.replay_per_class, steps, draw, f"{name} replay"
                     )
 
             with timed("train"):
-                imitated, held = (teacher if method.distill else None), (penalty if task else None)
-                for images, elapsed in train_task(cfg, task, model, imitated, held, x, y, pool, log):
-                    if total_passes and (elapsed > 5 or images >= 2000):
+                imitated, held = (teacher if method.distill else None), (penalty if k else None)
+                for images, elapsed in train_task(cfg, k, model, imitated, held, x, y, pool, log):
+                    if total_passes and (images >= 2000 or elapsed > 5):
                         announce(elapsed / (3 * images) * total_passes)
                         total_passes = None
 
-            # After it: what the weights mean to this task, then the measurement on all tasks so far.
-            if penalty and task + 1 < cfg.tasks:
+            if penalty and k + 1 < cfg.tasks:
                 with timed("fisher"):
-                    n, fisher_rng = cfg.fisher_samples or len(x), rng(cfg.seed, "fisher", task, device)
-                    fisher = method.fisher(model, x, y, n, cfg.batch_size, fisher_rng)
+                    draw, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
+                    fisher = method.fisher(model, x, y, n, cfg.batch_size, draw)
                     penalty.add(fisher, flat(model.parameters()))
                     fishers.append(describe_fisher(fisher))
+
+            labels = [task.test_y for task in tasks[: k + 1]]
             with timed("sample"):
-                labels = [d.test_y for d in tasks[: task + 1]]
-                fid_rng = rng(cfg.seed, "fid", task, device)
-                fakes = sample_images(
-                    model, shape, torch.cat(labels), cfg.sample_steps, fid_rng, f"{name} samples for FID"
+                draw = rng(cfg.seed, "fid", k, device)
+                samples = sample_images(
+                    model, shape, torch.cat(labels), steps, draw, f"{name} samples for the FID"
                 )
             with timed("fid"):
-                parts = zip(real, fakes.split([len(v) for v in labels]))
-                row = [frechet_distance(a, features(part)) for a, part in parts]
+                parts = samples.split([len(v) for v in labels])
+                row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
                 fid.append(row + [None] * (cfg.tasks - len(row)))
-            shown = torch.arange((task + 1) * per_task, device=device).repeat_interleave(10)
-            picture = to_uint8(ddim_sample(model, picture_noise[: len(shown)], shown, cfg.sample_steps))
-            save_samples(picture, cfg.out / f"samples-task{task + 1}.png")
-            tqdm.write(f"after task {task + 1}: FID " + "  ".join(f"{v:.1f}" for v in row))
+            shown = torch.arange((k + 1) * per_task, device=device).repeat_interleave(10)
+            picture = to_uint8(ddim_sample(model, picture_noise[: len(shown)], shown, steps))
+            save_samples(picture, cfg.out / f"samples-task{k + 1}.png")
+            tqdm.write(f"after task {k + 1}: FID " + "  ".join(f"{v:.1f}" for v in row))
 
     with whole(cfg.out / "model.pt") as temporary:
         torch.save(model.state_dict(), temporary)
     afid, forgetting = afid_and_forgetting(fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy")
-    result = {k: getattr(cfg, k) for k in ("dataset", "method", "lam", "seed")} | {
+    result = {
+        **{key: getattr(cfg, key) for key in ("dataset", "method", "lam", "seed")},
         "fid": fid,
         "afid": afid,
         "forgetting": forgetting,
         "fid_features": cfg.fid_features,
-        "fid_real": fid_real,  # training against test images: what a perfect model would get
+        "fid_real": fid_real,
         "fisher": fishers,
-        "config": {k: v for k, v in vars(cfg).items() if k not in ("data_dir", "out", "plot_sweep")},
+        "config": {key: v for key, v in vars(cfg).items() if key not in ("data_dir", "out", "plot_sweep")},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "seconds": {k: round(seconds[k], 1) for k in ("train", "sample", "fisher", "fid")},
+        "seconds": {key: round(seconds[key], 1) for key in ("train", "sample", "fisher", "fid")},
     }
     plot_fid(result, cfg.out / "fid.png")
     with whole(cfg.out / "result.json") as temporary:
