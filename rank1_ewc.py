@@ -162,9 +162,7 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
     raw = data_dir / dataset.__name__ / "raw"
     for path, size in ((raw / name, size) for name, size in IDX_FILES.items()):
         if path.is_file() and path.stat().st_size != size:
-            stop(
-                f"{path} has {path.stat().st_size:,} bytes, not {size:,}: remove it, it is then downloaded again"
-            )
+            stop(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: remove it, to download it again")
     try:
         train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
         if train.data.shape != (60000, 28, 28) or test.data.shape != (10000, 28, 28):
@@ -177,7 +175,7 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
                 f"{dataset.__name__} is not complete and cannot be downloaded: put {', '.join(missing)}"
                 f" (plain or .gz) into {raw}, or name another folder with --data-dir"
             )
-        stop(f"the files in {raw} are damaged ({error}): remove them, they are then downloaded again")
+        stop(f"the files in {raw} are damaged ({error}): remove them, to download them again")
     x, test_x = (F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test))
     return Data(x, train.targets, test_x, test.targets)
 
@@ -625,14 +623,13 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     resize = cleanfid.resize.build_resizer("clean")
 
     def features(images: Tensor) -> np.ndarray:
-        rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        batches = (
-            torch.from_numpy(np.stack([resize(i) for i in part]))
-            for part in np.split(rgb, range(50, len(rgb), 50))
-        )
-        return np.concatenate(
-            [cleanfid.fid.get_batch_features(b.permute(0, 3, 1, 2), model, device) for b in batches]
-        )
+        found = []
+        for part in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().split(50):
+            resized = np.stack([resize(image) for image in part.numpy()])  # (50, 299, 299, 3) in 0..255
+            found.append(
+                cleanfid.fid.get_batch_features(torch.from_numpy(resized).permute(0, 3, 1, 2), model, device)
+            )
+        return np.concatenate(found)
 
     return features
 
@@ -898,9 +895,7 @@ def table(result: dict) -> str:
     for j, row in enumerate(result["fid"]):
         cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, result["afid"][j]]]
         rows.append(f"{j + 1:>10}  " + "".join(cells))
-    rows.append(
-        "real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "  (training against test)"
-    )
+    rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
     title = f"FID of each task ({result['fid_features']} features), {result['dataset']}, {result['method']}"
     final = f"AFID {result['afid'][-1]:.2f}   forgetting {result['forgetting']:.2f}   (lower is better)"
     return "\n".join(["", title, *rows, "", final, ""])
@@ -931,39 +926,34 @@ def plot_fid(result: dict, path: Path) -> None:
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda, from the result.json of every run under `folder`; also as JSON beside it."""
-    runs = []
-    for file in sorted(folder.glob("*/result.json")):
-        result = json.loads(file.read_text())
-        runs.append(
-            {
-                k: result[k]
-                for k in ("dataset", "method", "lam", "seed", "forgetting", "fid_features", "fisher")
-            }
-        )
-        runs[-1]["afid"] = result["afid"][-1]
-        runs[-1]["learned"] = sum(result["fid"][k][k] for k in range(len(result["fid"]))) / len(result["fid"])
-    if not runs:
-        stop(f"no run under {folder} has a result.json: train some there first (make sweep)")
-    runs.sort(key=lambda r: (r["method"], r["lam"], r["seed"]))
+    """AFID and forgetting over lambda, from every folder/*/result.json, to path.png and the numbers to path.json."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
+    if not results:
+        stop(f"no folder in {folder} has a result.json: train some first (make sweep)")
+    runs = [
+        {
+            key: result[key]
+            for key in ("dataset", "method", "lam", "seed", "fid_features", "forgetting", "fisher")
+        }
+        | {"afid": result["afid"][-1], "learned": float(np.mean(np.diag(result["fid"])))}
+        for result in results
+    ]
+    runs.sort(key=lambda run: (run["method"], run["lam"], run["seed"]))
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     labels = {
         "afid": "AFID after the last task",
         "forgetting": "forgetting",
-        "learned": "FID of a task just learned, mean",
+        "learned": "mean FID of a task just learned",
     }
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 3), labels.items()):
-        for method, color in zip(sorted({r["method"] for r in runs}), ("C0", "C1", "C2")):
-            lams = sorted({r["lam"] for r in runs if r["method"] == method})
-            values = [[r[key] for r in runs if (r["method"], r["lam"]) == (method, lam)] for lam in lams]
-            axes.plot(lams, [np.mean(v) for v in values], "-", color=color, label=method)
-            for lam, v in zip(lams, values):
-                axes.plot([lam] * len(v), v, ".", color=color)
-        axes.set_xscale("symlog", linthresh=min(r["lam"] for r in runs if r["lam"] > 0))
-        axes.set(xlabel="lambda (0 is GD alone)", ylabel=label, ylim=(min(0, *(r[key] for r in runs)), None))
+        for method in sorted({run["method"] for run in runs}):
+            points = [(run["lam"], run[key]) for run in runs if run["method"] == method]
+            axes.plot(*zip(*points), "o-", alpha=0.7, label=method)
+        axes.set_xscale("symlog", linthresh=min((run["lam"] for run in runs if run["lam"]), default=1))
+        axes.set(xlabel="lambda (0: no penalty, GD alone)", ylabel=label)
     axes.legend()
     figure.suptitle(
-        f"{runs[0]['dataset']}: a dot a run, lines are means; FID on {runs[0]['fid_features']} features"
+        f"{results[0]['dataset']}, seed {results[0]['seed']}, FID on {results[0]['fid_features']} features"
     )
     with whole(path.with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=120)
@@ -976,23 +966,17 @@ def plot_sweep(folder: Path, path: Path) -> None:
 # Command line.
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number from `low` (or only above it) to `high`."""
+def number(kind: type, low: float, high: float = 1e12, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from `low` (itself too, unless only `above` it) to `high`."""
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
-            ) from None
-        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
-            limit = f"{'above' if above else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            bound = "above" if above else "at least"
+            raise argparse.ArgumentTypeError(f"must be {bound} {low:g} and at most {high:g}, not {text}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
 
 
@@ -1028,27 +1012,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dropout", type=number(float, 0, 0.99), help="in the UNet while it trains")
     add("--replay-per-class", type=positive, help="images of each old class that the teacher paints")
     add("--sample-steps", type=number(int, 1, NUM_STEPS), help="DDIM steps")
-    add(
-        "--fisher-samples",
-        type=positive,
-        help="samples of a task's Fisher (default: its training images, once each)",
-    )
+    add("--fisher-samples", type=positive, help="samples of a Fisher (default: the task's images, once each)")
     add(
         "--limit",
         type=positive,
-        metavar="N",
-        help="a quick look: at most N images a class to train, test and replay",
+        help="a quick look: at most so many images a class to train, replay and test",
     )
     add("--fid", choices=("inception", "classifier"), help="features that the FID is taken on")
     add("--data-dir", type=Path, default=Path("data"), help="where the datasets are, or are downloaded to")
     add("--out", type=Path, help="folder for the results (default: runs/<dataset>-<method>-seed<seed>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps (untested)")
-    add(
-        "--plot-sweep",
-        type=Path,
-        metavar="DIR",
-        help="train nothing: plot the runs under DIR over lambda, to OUT",
-    )
+    add("--plot-sweep", type=Path, metavar="RUNS", help="train nothing: plot the RUNS over lambda, to OUT")
     cfg = parser.parse_args(argv)
     if cfg.limit and cfg.replay_per_class is None:
         cfg.replay_per_class = min(cfg.limit, DATASETS[cfg.dataset]["replay_per_class"])
@@ -1057,9 +1031,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(cfg, name, value)
     cfg.out = cfg.out or Path("runs") / f"{cfg.dataset}-{cfg.method}-seed{cfg.seed}"
     if any(c % cfg.norm_groups for c in cfg.channels):
-        stop(
-            f"--channels must be multiples of {cfg.norm_groups}, {cfg.dataset}'s norm groups, not {cfg.channels}"
-        )
+        stop(f"--channels of {cfg.dataset} must be multiples of {cfg.norm_groups}, for the group norms")
     return cfg
 
 
@@ -1088,17 +1060,17 @@ def main(argv: list[str] | None = None) -> dict | None:
     cfg.device = str(device)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    data = Data(*(v.to(device) for v in LOADERS[cfg.dataset](cfg.data_dir)))
+    size, halvings = data.x.shape[-1], len(cfg.channels) - 1
+    if size % 2**halvings:
+        stop(
+            f"--channels: {halvings + 1} levels are too many for {size}x{size} images, each new one halves them"
+        )
     try:
         cfg.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()
     except OSError as error:
         stop(f"--out {cfg.out} cannot be written ({error.strerror}): name another folder")
-    data = Data(*(v.to(device) for v in LOADERS[cfg.dataset](cfg.data_dir)))
-    size, halvings = data.x.shape[-1], len(cfg.channels) - 1
-    if size % 2**halvings:
-        stop(
-            f"--channels has {halvings + 1} levels, too many for {size}x{size} images: each but the first halves them"
-        )
     if cfg.fid == "inception":
         features, cfg.fid_features = inception_features(device), "inception"
     else:
