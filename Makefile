@@ -5,7 +5,8 @@ PY := .venv/bin/python
 RUN = $(PY) rank1_ewc.py
 SEEDS ?= 0 1 2
 METHODS ?= gd diag rank1
-LAMS ?= 0 1 10 30 100 300 1000 15000
+LAMS ?= 0 10 100 300 1000 3000 15000 100000
+SWEPT ?= rank1
 EXTRA ?=
 
 help:  ## this list
@@ -32,7 +33,7 @@ digits: $(foreach s,$(SEEDS),$(foreach m,$(METHODS),results/digits/$(m)-seed$(s)
 results/digits/%/result.json: | .venv/installed
 	$(RUN) --method $(word 1,$(subst -seed, ,$*)) --seed $(word 2,$(subst -seed, ,$*)) --out $(@D) $(EXTRA)
 
-sweep: $(foreach m,rank1 diag,$(foreach l,$(LAMS),runs/sweep/$(m)-$(l)/result.json))  ## lambda from 0 up on digits, on a seed not reported, to results/sweep
+sweep: $(foreach m,$(SWEPT),$(foreach l,$(LAMS),runs/sweep/$(m)-$(l)/result.json))  ## lambda from 0 up on digits, on a seed not reported, to results/sweep
 	$(RUN) --plot-sweep runs/sweep --out results/sweep-digits
 
 runs/sweep/%/result.json: | .venv/installed
