@@ -1,5 +1,5 @@
 # `make` lists the targets. Each experiment is resumable: a run whose result.json is there is not run again.
-# EXTRA="--epochs 5" adds to any run; `make -j2 ...` runs two at once (OMP_NUM_THREADS=1 shares two cores well).
+# EXTRA="--epochs 5" adds to any run. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores.
 
 PY := .venv/bin/python
 RUN = $(PY) rank1_ewc.py
@@ -8,9 +8,10 @@ METHODS ?= gd diag rank1
 LAMS ?= 0 10 100 300 1000 3000 15000 100000
 SWEPT ?= rank1
 EXTRA ?=
+DATA ?= data
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -28,20 +29,21 @@ lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/ruff check --line-length 110 .
 	.venv/bin/ruff format --check --line-length 110 .
 
-digits: $(foreach s,$(SEEDS),$(foreach m,$(METHODS),results/digits/$(m)-seed$(s)/result.json))  ## METHODS x SEEDS on digits, to results/digits
+digits: $(foreach s,$(SEEDS),$(foreach m,$(METHODS),results/digits/$(m)-seed$(s)/result.json))
+digits:  ## METHODS x SEEDS on 8x8 digits, to results/digits
 
 results/digits/%/result.json: | .venv/installed
 	$(RUN) --method $(word 1,$(subst -seed, ,$*)) --seed $(word 2,$(subst -seed, ,$*)) --out $(@D) $(EXTRA)
 
-sweep: $(foreach m,$(SWEPT),$(foreach l,$(LAMS),runs/sweep/$(m)-$(l)/result.json))  ## lambda from 0 up on digits, on a seed not reported, to results/sweep
+sweep: $(foreach m,$(SWEPT),$(foreach l,$(LAMS),runs/sweep/$(m)-$(l)/result.json))
+sweep:  ## lambda from 0 up on digits, on a seed that is not reported, to results/sweep-digits
 	$(RUN) --plot-sweep runs/sweep --out results/sweep-digits
 
 runs/sweep/%/result.json: | .venv/installed
 	$(RUN) --method $(word 1,$(subst -, ,$*)) --lam $(word 2,$(subst -, ,$*)) --seed 100 --out $(@D) $(EXTRA)
 
-fashion-quick: .venv/installed  ## a small look at the real FashionMNIST (DATA=folder): about an hour on two cores
+fashion-quick: .venv/installed  ## a quick look at the real FashionMNIST (DATA=its folder): about an hour
 	$(RUN) --dataset fashion --method rank1 --data-dir $(DATA) --channels 32,64 --epochs 1 --limit 200 \
 	  --fid classifier --out results/fashion-quick $(EXTRA)
-DATA ?= data
 
 .PHONY: help demo test lint digits sweep fashion-quick

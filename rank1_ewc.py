@@ -7,9 +7,9 @@ Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR 2026, arXiv 2509.23593.
     python rank1_ewc.py --dataset mnist --method rank1   # the paper's run: a GPU and patience
     python rank1_ewc.py --help                           # every setting
 
-Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps Gaussian
-noise like x0; theta all weights as one vector (D,); theta* the weights at the end of a task; g = dl/dtheta the
-gradient of one sample's loss; mu = E[g]; T the number of tasks.
+Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps
+Gaussian noise like x0; theta all weights as one vector (D,); theta* the weights at the end of a task;
+g = dl/dtheta the gradient of one sample's loss; mu = E[g]; T the number of tasks.
 """
 
 import argparse
@@ -49,9 +49,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings. PAPER is the paper's; a dataset is a row of what it does differently. METHODS, the other table, stands
-# after the functions that its rows name.
+# ----------------------------------------------------------------------------------------------------------
+# Settings. PAPER is the paper's; a dataset is a row of what it does differently. METHODS, the other table,
+# stands after the functions that its rows name.
 
 PAPER = {
     "tasks": 5,  # in label order, equally many classes each
@@ -115,7 +115,7 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Data. Everything is held as uint8 on the device and turned to [-1, 1] a batch at a time.
 
 
@@ -139,7 +139,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def load_digits(_: Path) -> Data:
-    """scikit-learn's 1,797 digits, 1x8x8: of each class 80 at random for testing (160 a task), the rest to train."""
+    """scikit-learn's 1,797 digits, 1x8x8: 80 of each class at random to test (160 a task), the rest to train."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -203,9 +203,9 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
     return [Data(data.x[a], data.y[a], data.test_x[b], data.test_y[b]) for a, b in masks]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Denoiser: eps_theta(x_t, t, y). The UNet of Ho et al. 2020 (arXiv 2006.11239) as diffusers' UNet2DModel builds it
-# in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
+# ----------------------------------------------------------------------------------------------------------
+# Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it in
+# the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
 
 
 def double_size(x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def halve_size(x: Tensor) -> Tensor:
 
 
 class Resnet(nn.Module):
-    """Residual block with the time and class embedding added in the middle; `resample` acts on both its paths."""
+    """Residual block, the time and class embedding added in its middle; `resample` acts on both its paths."""
 
     def __init__(self, in_channels, out_channels, temb_channels, groups, dropout, resample=None):
         super().__init__()
@@ -273,7 +273,7 @@ class Resample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One level's residual blocks, an attention (or nothing) after each, then perhaps a change of resolution."""
+    """A level's residual blocks, attention (or nothing) after each, then perhaps a change of resolution."""
 
     def __init__(self, resnets, attentions, downsamplers=(), upsamplers=()):
         super().__init__()
@@ -284,9 +284,9 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Class-conditional denoiser, forward(x_t, t, y) -> eps. At its defaults the paper's network.
 
-    x_t, eps: (B, in_channels, H, W) with H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int in
-    0..num_classes-1. Attention stands in the middle and at the third level (8x8 of 32x32), where there is one.
-    37,191,681 parameters for 1 channel and 10 classes.
+    x_t, eps: (B, in_channels, H, W) with H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int
+    in 0..num_classes-1. Attention stands in the middle and at the third level (8x8 of 32x32), where there is
+    one. 37,191,681 parameters for 1 channel and 10 classes.
     """
 
     def __init__(
@@ -360,14 +360,14 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, trained to find eps (DDPM, arXiv 2006.11239), sampled in
-# few steps without noise (DDIM, arXiv 2010.02502).
+# ----------------------------------------------------------------------------------------------------------
+# Diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, trained to find eps (DDPM, arXiv 2006.11239),
+# sampled in few steps without noise (DDIM, arXiv 2010.02502).
 
 
 @cache
 def alphas_cumprod(device: torch.device) -> Tensor:
-    """abar_t, the share of the image's variance left at step t, for betas linear in 1e-4..0.02. (1000,) float32."""
+    """abar_t, the share of the image's variance left at t; betas linear in 1e-4..0.02. (1000,) float32."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_STEPS), 0).to(device)
 
 
@@ -392,8 +392,8 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> Tensor:
     """DDIM with eta 0, as diffusers' DDIMScheduler has it: noise (B, C, H, W), y (B,) -> x0 in [-1, 1].
 
-    `steps` (1..1000) timesteps ("leading": 980, 960, .., 0 for 50); x0_hat is clipped to [-1, 1], the direction
-    keeps the unclipped eps_hat, and the last step goes to abar = 1.
+    `steps` (1..1000) timesteps ("leading": 980, 960, .., 0 for 50); x0_hat is clipped to [-1, 1], the
+    direction keeps the unclipped eps_hat, and the last step goes to abar = 1.
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
     for t in range((steps - 1) * stride, -1, -stride):
@@ -416,7 +416,7 @@ def sample_images(model: nn.Module, shape: tuple, y: Tensor, steps: int, generat
     return torch.cat(images)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Fisher: F = E[g g^T], taken after a task on that task's real images, in eval mode, at random timesteps.
 # Rank-1 (Theorem 1): F ~ c* mu mu^T. Diagonal (EWC, arXiv 1612.00796): F_jj = E[g_j^2].
 
@@ -450,8 +450,8 @@ def rank1_fisher(
 ) -> tuple[Tensor, float]:
     """Theorem 1: mu = E[g] (D,) and c* = E[(mu^T g)^2] / ||mu||^4, both over the same n draws (so c* >= 1).
 
-    Time: per batch an ordinary backward pass for mu and one forward-mode derivative for all its mu^T g_i at once.
-    Memory: two vectors (D,) and a batch's activations; no per-sample gradient is ever made.
+    Time: per batch an ordinary backward pass for mu and a forward-mode derivative for all its mu^T g_i at
+    once. Memory: two vectors (D,) and a batch's activations; no per-sample gradient is ever made.
     images (N, C, H, W) uint8, labels (N,). c* is the least-squares coefficient of F on mu mu^T.
     """
     model.eval()
@@ -481,8 +481,8 @@ def diagonal_fisher(
 ) -> Tensor:
     """F_jj = E[g_j^2] (D,) over n draws, as in EWC (arXiv 1612.00796).
 
-    Time: n per-sample gradients, which share no work beyond their batched kernels: slower than n/batch backward
-    passes. Memory: D floats for each sample of a chunk, the chunk chosen so that this stays below 2 GB.
+    Time: n per-sample gradients, which share no work beyond their batched kernels: slower than n/batch
+    backward passes. Memory: D floats for each sample of a chunk, small enough that this stays below 2 GB.
     """
     model.eval()
     theta = {name: p.detach() for name, p in model.named_parameters()}
@@ -499,7 +499,7 @@ def diagonal_fisher(
     return diagonal
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Penalties: what keeps the old tasks' weights. Both are exact sums over all old tasks in fixed form:
 # add(fisher, theta*) after a task, start(theta) before the next, then penalty(theta) at every step.
 
@@ -530,9 +530,10 @@ class Rank1Penalty:
 
 
 class DiagonalPenalty:
-    """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC, in two vectors and a number for any number of tasks.
+    """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC (arXiv 1612.00796).
 
-    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + rest, with H = sum_k F_k.
+    Two vectors and a number for any number of tasks, the square completed: sum_k F_k (theta - theta*_k)^2 =
+    H (theta - center)^2 + rest, with H = sum_k F_k.
     """
 
     def __init__(self, lam: float):
@@ -555,7 +556,7 @@ class DiagonalPenalty:
 
 
 class Method(NamedTuple):
-    """A row of Table 1: which Fisher with which penalty, replayed images or not, distillation on them or not."""
+    """A row of Table 1: which Fisher with which penalty, replayed images or not, distillation or not."""
 
     fisher: Callable | None
     penalty: type | None
@@ -570,15 +571,15 @@ METHODS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Generative distillation (arXiv 2311.14028): the teacher, the frozen model of the last task, paints images of all
-# old classes; the student denoises them like real ones and imitates the teacher on them.
+# ----------------------------------------------------------------------------------------------------------
+# Generative distillation (arXiv 2311.14028): the teacher, the frozen model of the last task, paints images of
+# all old classes; the student denoises them like real ones and imitates the teacher on them.
 
 
 def replay_pool(
     teacher: nn.Module, shape: tuple, num_old: int, per_class: int, steps: int, generator, name: str
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's images of the old classes 0..num_old-1, `per_class` of each. -> (N, C, H, W) uint8, (N,)."""
+    """The teacher's images of the classes 0..num_old-1, `per_class` of each. -> (N, C, H, W) uint8, (N,)."""
     y = torch.arange(num_old, device=generator.device).repeat_interleave(per_class)
     return sample_images(teacher, shape, y, steps, generator, name), y
 
@@ -586,10 +587,11 @@ def replay_pool(
 def losses(
     student: nn.Module, teacher: nn.Module | None, x0: Tensor, y: Tensor, num_real: int, generator
 ) -> tuple[Tensor, Tensor]:
-    """Denoising loss over [real, replay] and L_GD, the student's distance from the teacher on the replay part.
+    """Denoising loss over [real, replay], and L_GD: the student's distance from the teacher on the replay.
 
-    x0 (B, C, H, W) in [-1, 1], the first num_real real, y (B,). ONE student pass serves both losses: the authors
-    pass the replay images again, at an independent (t, eps), for the same expectation and half as much work more.
+    x0 (B, C, H, W) in [-1, 1], the first num_real real, y (B,). ONE student pass serves both losses: the
+    authors pass the replay images again, at an independent (t, eps): the same expectation, half as much again
+    to compute.
     """
     t, eps = draw_noise(x0, generator)
     x_t = add_noise(x0, t, eps)
@@ -602,27 +604,27 @@ def losses(
     return denoise, F.mse_loss(eps_student[num_real:], eps_teacher)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on clean-fid's
-# Inception features (arXiv 2104.11222) or, with no download, on those of a small classifier of the same data.
+# ----------------------------------------------------------------------------------------------------------
+# Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on
+# clean-fid's Inception features (arXiv 2104.11222) or, with no download, on a small classifier's.
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank1_ewc"
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of two feature sets (N_a, d), (N_b, d)."""
+    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d) and (N_b, d)."""
     moments = [(v.mean(0), np.cov(v, rowvar=False)) for v in (a.astype(np.float64), b.astype(np.float64))]
     return float(cleanfid.fid.frechet_distance(*moments[0], *moments[1]))
 
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """images (N, 1 or 3, H, W) uint8 -> clean-fid's Inception features (N, 2048). Stops if it has no weights."""
+    """images (N, 1 or 3, H, W) uint8 -> clean-fid's Inception features (N, 2048). Stops without weights."""
     try:
         model = cleanfid.features.build_feature_extractor("clean", device, use_dataparallel=False)
     except (OSError, RuntimeError) as error:
         stop(
-            f"clean-fid's Inception weights (inception-2015-12-05.pt in /tmp) cannot be loaded or downloaded ({error});"
-            " put the file there, or use --fid classifier, which needs no download"
+            f"clean-fid's Inception weights cannot be loaded or downloaded ({error}): put"
+            " inception-2015-12-05.pt into /tmp, or use --fid classifier, which needs no download"
         )
     resize = cleanfid.resize.build_resizer("clean")
 
@@ -639,9 +641,9 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
 
 
 def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.ndarray], float]:
-    """images uint8 -> the penultimate features (N, 64) of a small CNN of `data`; and its accuracy on the test images.
+    """images uint8 -> the penultimate features (N, 64) of a small CNN of `data`; and its test accuracy.
 
-    Trained once for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
+    Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
     digest of them.
     """
     device, (channels, size) = data.x.device, data.x.shape[1:3]
@@ -687,24 +689,24 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
 
 
 def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], float]:
-    """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, and forgetting at the end.
+    """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, final forgetting.
 
-    AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)), section 4. Lower is better.
+    AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)). Lower is better.
     """
     afid = [sum(row[: j + 1]) / (j + 1) for j, row in enumerate(fid)]
     return afid, sum(fid[-1][k] - fid[k][k] for k in range(len(fid))) / len(fid)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # One task, and the loop over tasks.
 
 
 def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iterator[tuple[int, float]]:
     """Train the model on one task: L_total = denoising + distillation + penalty, with a fresh Adam.
 
-    x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher and
-    penalty may be None. Writes mean losses to `log`, and stops when one is not finite.
-    Yields, now and then, how many images have been trained on and in how many seconds.
+    x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher
+    and penalty may be None. Writes mean losses to `log`, and stops when one is not finite. Yields, now and
+    then, how many real images have been trained on and in how many seconds.
     """
     order, replay, noise = (
         rng(cfg.seed, purpose, task, x.device) for purpose in ("order", "replay", "noise")
@@ -765,7 +767,7 @@ def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
 
 
 def announce(seconds: float) -> None:
-    """Say how long the whole run will take and, where that is more than an afternoon, what makes it minutes."""
+    """Say how long the whole run will take and, if that is more than an afternoon, what makes it minutes."""
     units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
     unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
     tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.")
@@ -777,7 +779,7 @@ def announce(seconds: float) -> None:
 
 
 def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
-    """What to watch of a task's Fisher: its trace, or, along mu, c* and the energy c* ||mu||^2 (curvature / lam)."""
+    """What to watch: the diagonal's trace or, for rank 1, c*, ||mu|| and F's energy along mu, c* ||mu||^2."""
     if isinstance(fisher, Tensor):
         return {"trace": float(fisher.sum())}
     mu, c_star = fisher
@@ -888,7 +890,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What a run shows: a table, pictures, curves.
 
 
@@ -930,7 +932,7 @@ def plot_fid(result: dict, path: Path) -> None:
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda, from every folder/*/result.json, to path.png and the numbers to path.json."""
+    """AFID and forgetting over lambda of every folder/*/result.json, to path.png, the numbers to path.json."""
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
     if not results:
         stop(f"no folder in {folder} has a result.json: train some first (make sweep)")
@@ -966,7 +968,7 @@ def plot_sweep(folder: Path, path: Path) -> None:
     print(f"wrote {path.with_suffix('.png')} and {path.with_suffix('.json')}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Command line.
 
 
@@ -1037,7 +1039,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     multiple = math.lcm(cfg.norm_groups, HEAD_CHANNELS)
     if any(c % multiple for c in cfg.channels):
         stop(
-            f"--channels of {cfg.dataset} must be multiples of {multiple}, for group norms and attention heads"
+            f"--channels of {cfg.dataset} must be multiples of {multiple} (for its norm groups and attention)"
         )
     return cfg
 
@@ -1071,7 +1073,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     size, halvings = data.x.shape[-1], len(cfg.channels) - 1
     if size % 2**halvings:
         stop(
-            f"--channels: {halvings + 1} levels are too many for {size}x{size} images, each new one halves them"
+            f"--channels: {halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
         )
     try:
         cfg.out.mkdir(parents=True, exist_ok=True)
