@@ -139,7 +139,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def load_digits(_: Path) -> Data:
-    """scikit-learn's 1,797 digits, 1x8x8: 80 of each class at random to test (160 a task), the rest to train."""
+    """scikit-learn's 1,797 digits, 1x8x8: 80 of each class drawn for testing, 160 a task."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -932,7 +932,7 @@ def plot_fid(result: dict, path: Path) -> None:
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda of every folder/*/result.json, to path.png, the numbers to path.json."""
+    """AFID and forgetting over lambda of every folder/*/result.json: to path.png, and path.json."""
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
     if not results:
         stop(f"no folder in {folder} has a result.json: train some first (make sweep)")
