@@ -770,12 +770,9 @@ def announce(seconds: float) -> None:
     """Say how long the whole run will take and, if that is more than an afternoon, what makes it minutes."""
     units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
     unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
-    tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.")
-    if seconds > 3 * 3600:
-        small = (
-            "--channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10 --fid classifier"
-        )
-        tqdm.write(f"For a quick look in minutes: {small}")
+    small = "--channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10 --fid classifier"
+    hint = f"\nFor a quick look in minutes: {small}" if seconds > 3 * 3600 else ""
+    tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.{hint}")
 
 
 def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
@@ -1035,6 +1032,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in DATASETS[cfg.dataset].items():
         if getattr(cfg, name, None) is None:
             setattr(cfg, name, value)
+    if METHODS[cfg.method].penalty is None:
+        cfg.lam = 0.0
     cfg.out = cfg.out or Path("runs") / f"{cfg.dataset}-{cfg.method}-seed{cfg.seed}"
     multiple = math.lcm(cfg.norm_groups, HEAD_CHANNELS)
     if any(c % multiple for c in cfg.channels):

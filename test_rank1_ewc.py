@@ -427,7 +427,7 @@ def test_every_method_runs_from_the_command_line_and_leaves_its_results(tmp_path
     assert (result["dataset"], result["method"], result["seed"]) == ("digits", method, 0)
     assert set(result["seconds"]) == {"train", "sample", "fisher", "fid"}
     assert result["config"]["epochs"] == 1
-    assert len(result["fisher"]) == (0 if method == "gd" else 4)
+    assert (len(result["fisher"]), result["lam"] > 0) == ((0, False) if method == "gd" else (4, True))
 
     log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert {line["task"] for line in log} == {1, 2, 3, 4, 5}
