@@ -74,7 +74,7 @@ SMALL = {
     "batch_size": 64,
     "lr": 4e-3,
     "lr_decay": "linear",
-    "lam": 30.0,
+    "lam": 10.0,  # the best above 0 of `make sweep`, where 0 is better still
     "channels": (16, 32),
     "layers_per_block": 1,
     "norm_groups": 4,
@@ -788,14 +788,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
     data: all images, on the device that trains; features: images uint8 -> FID features (N, d).
     """
-    method, tasks, device, shape = (
-        METHODS[cfg.method],
-        split_tasks(data, cfg.tasks),
-        data.x.device,
-        data.x.shape[1:],
-    )
+    method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
+    device, shape, steps = data.x.device, data.x.shape[1:], cfg.sample_steps
     num_classes = int(data.y.max()) + 1
-    per_task, steps = num_classes // cfg.tasks, cfg.sample_steps
+    per_task = num_classes // cfg.tasks
     fid, fishers, seconds = [], [], Counter()
 
     @contextmanager
@@ -807,23 +803,22 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         seconds[name] += time.perf_counter() - start
 
     torch.manual_seed(cfg.seed)  # the global generator: initial weights and dropout, nothing else
-    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.norm_groups, cfg.dropout).to(
-        device
-    )
+    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.norm_groups, cfg.dropout)
+    model.to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
     total_passes = passes_of_a_run(cfg, method, tasks)
     draw = rng(cfg.seed, "picture", 0, device)
     picture_noise = torch.randn(num_classes * 10, *shape, generator=draw, device=device)
-    with timed(
-        "fid"
-    ):  # what a perfect model would get: as many training images, at random, against the test images
+    with timed("fid"):
         real = [features(task.test_x) for task in tasks]
+        # What a perfect model would score: as many training images, at random, in the place of samples.
         draw = rng(cfg.seed, "real", 0, device)
         shuffled = [task.x[torch.randperm(len(task.x), generator=draw, device=device)] for task in tasks]
         fid_real = [frechet_distance(a, features(x[: len(a)])) for a, x in zip(real, shuffled)]
 
     with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
         for k, (x, y, _, _) in enumerate(tasks):
+            # Before the task: the model so far becomes the teacher, and paints the old classes.
             name, teacher, pool = f"task {k + 1}/{cfg.tasks}", None, None
             if k:
                 teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -843,6 +838,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                         announce(elapsed / (3 * images) * total_passes)
                         total_passes = None
 
+            # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < cfg.tasks:
                 with timed("fisher"):
                     draw, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
@@ -853,9 +849,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             labels = [task.test_y for task in tasks[: k + 1]]
             with timed("sample"):
                 draw = rng(cfg.seed, "fid", k, device)
-                samples = sample_images(
-                    model, shape, torch.cat(labels), steps, draw, f"{name} samples for the FID"
-                )
+                samples = sample_images(model, shape, torch.cat(labels), steps, draw, f"{name} FID samples")
             with timed("fid"):
                 parts = samples.split([len(v) for v in labels])
                 row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
