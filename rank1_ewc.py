@@ -948,6 +948,9 @@ def plot_sweep(folder: Path, path: Path) -> None:
             axes.plot(*zip(*points), "o-", alpha=0.7, label=method)
         axes.set_xscale("symlog", linthresh=min((run["lam"] for run in runs if run["lam"]), default=1))
         axes.set(xlabel="lambda (0: no penalty, GD alone)", ylabel=label)
+        axes.set_yscale("linear" if key == "forgetting" else "log")
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.suptitle(
         f"{results[0]['dataset']}, seed {results[0]['seed']}, FID on {results[0]['fid_features']} features"
