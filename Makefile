@@ -1,4 +1,4 @@
-# `make` lists the targets. Each experiment is resumable: a run whose result.json is there is not run again.
+# `make` lists the targets. A run whose result.json is there is not run again: remove its folder to repeat it.
 # EXTRA="--epochs 5" adds to any run. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores.
 
 PY := .venv/bin/python
@@ -11,7 +11,7 @@ EXTRA ?=
 DATA ?= data
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -42,8 +42,14 @@ sweep:  ## lambda from 0 up on digits, on a seed that is not reported, to result
 runs/sweep/%/result.json: | .venv/installed
 	$(RUN) --method $(word 1,$(subst -, ,$*)) --lam $(word 2,$(subst -, ,$*)) --seed 100 --out $(@D) $(EXTRA)
 
+converged: results/converged/result.json
+converged:  ## twice the epochs for GD on the sweep's seed: is that baseline trained long enough?
+
+results/converged/result.json: | .venv/installed
+	$(RUN) --method gd --seed 100 --epochs 540 --out $(@D) $(EXTRA)
+
 fashion-quick: .venv/installed  ## a quick look at the real FashionMNIST (DATA=its folder): about an hour
 	$(RUN) --dataset fashion --method rank1 --data-dir $(DATA) --channels 32,64 --epochs 1 --limit 200 \
 	  --fid classifier --out results/fashion-quick $(EXTRA)
 
-.PHONY: help demo test lint digits sweep fashion-quick
+.PHONY: help demo test lint digits sweep converged fashion-quick

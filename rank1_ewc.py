@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -172,7 +173,7 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
             raise ValueError("not 28x28 images")
         if train.targets.unique().tolist() != list(range(10)) or test.targets.max() > 9:
             raise ValueError("labels outside 0..9")
-    except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
+    except (OSError, HTTPException, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
         if missing := [name for name in IDX_FILES if not (raw / name).is_file()]:
             stop(
                 f"{dataset.__name__} is not complete and cannot be downloaded: put {', '.join(missing)}"
@@ -435,9 +436,10 @@ def fisher_draws(
     images: Tensor, labels: Tensor, n: int, batch: int, generator
 ) -> Iterator[tuple[Tensor, ...]]:
     """n samples (x0, t, eps, y) in batches: every image in turn, at random timesteps with random noise."""
-    for index in torch.arange(n, device=images.device).split(batch):
-        x0 = to_float(images[index % len(images)])
-        yield x0, *draw_noise(x0, generator), labels[index % len(images)]
+    spread = torch.arange(n, device=images.device) * max(n, len(images)) // n  # over all, if n is fewer
+    for index in (spread % len(images)).split(batch):
+        x0 = to_float(images[index])
+        yield x0, *draw_noise(x0, generator), labels[index]
 
 
 def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]) -> Tensor:
@@ -451,7 +453,7 @@ def rank1_fisher(
     """Theorem 1: mu = E[g] (D,) and c* = E[(mu^T g)^2] / ||mu||^4, both over the same n draws (so c* >= 1).
 
     Time: per batch an ordinary backward pass for mu and a forward-mode derivative for all its mu^T g_i at
-    once. Memory: two vectors (D,) and a batch's activations; no per-sample gradient is ever made.
+    once. Memory: three vectors (D,) and a batch's activations; no per-sample gradient is ever made.
     images (N, C, H, W) uint8, labels (N,). c* is the least-squares coefficient of F on mu mu^T.
     """
     model.eval()
@@ -482,7 +484,7 @@ def diagonal_fisher(
     """F_jj = E[g_j^2] (D,) over n draws, as in EWC (arXiv 1612.00796).
 
     Time: n per-sample gradients, which share no work beyond their batched kernels: slower than n/batch
-    backward passes. Memory: D floats for each sample of a chunk, small enough that this stays below 2 GB.
+    backward passes. Memory: D floats for each sample of a chunk, at most 2 GB for these gradients.
     """
     model.eval()
     theta = {name: p.detach() for name, p in model.named_parameters()}
@@ -500,7 +502,7 @@ def diagonal_fisher(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Penalties: what keeps the old tasks' weights. Both are exact sums over all old tasks in fixed form:
+# Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks:
 # add(fisher, theta*) after a task, start(theta) before the next, then penalty(theta) at every step.
 
 
@@ -537,16 +539,13 @@ class DiagonalPenalty:
     """
 
     def __init__(self, lam: float):
-        self.lam, self.H, self.center, self.rest = lam, None, None, 0.0
+        self.lam, self.H, self.center, self.rest = lam, 0.0, 0.0, 0.0
 
     def add(self, fisher: Tensor, theta_star: Tensor) -> None:
-        if self.H is None:
-            self.H, self.center = torch.zeros_like(fisher), theta_star.clone()
         H, step = self.H + fisher, theta_star - self.center
         share = torch.where(H > 0, fisher / H, 0.0)  # of the new task in the weighted mean
         self.rest += dot64(self.H * share, step.square())
-        self.center += share * step
-        self.H = H
+        self.H, self.center = H, self.center + share * step
 
     def start(self, theta: Tensor) -> None:
         """Nothing to measure: each weight is compared with its own centre."""
@@ -612,18 +611,24 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d) and (N_b, d)."""
-    moments = [(v.mean(0), np.cov(v, rowvar=False)) for v in (a.astype(np.float64), b.astype(np.float64))]
-    return float(cleanfid.fid.frechet_distance(*moments[0], *moments[1]))
+    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d) and (N_b, d), N >= 2.
+
+    With A, B the centred features over sqrt(N - 1), the last trace is the sum of A B^T's singular values: the
+    same number without a matrix square root, which is slow and warns or fails where N < d (singular S).
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))  # QR: d rows do
+    cross = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross)
 
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images (N, 1 or 3, H, W) uint8 -> clean-fid's Inception features (N, 2048). Stops without weights."""
     try:
         model = cleanfid.features.build_feature_extractor("clean", device, use_dataparallel=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError) as error:
         stop(
-            f"clean-fid's Inception weights cannot be loaded or downloaded ({error}): put"
+            f"clean-fid's Inception weights cannot be loaded or downloaded ({error}): put a whole"
             " inception-2015-12-05.pt into /tmp, or use --fid classifier, which needs no download"
         )
     resize = cleanfid.resize.build_resizer("clean")
@@ -644,7 +649,7 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
     """images uint8 -> the penultimate features (N, 64) of a small CNN of `data`; and its test accuracy.
 
     Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
-    digest of them.
+    digest of them and the network.
     """
     device, (channels, size) = data.x.device, data.x.shape[1:3]
     with torch.random.fork_rng(devices=[]):
@@ -659,8 +664,10 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
             nn.SiLU(),
             nn.Linear(64, int(data.y.max()) + 1),
         ).to(device)
-    digest = hashlib.sha256(data.x.cpu().numpy().tobytes() + data.y.cpu().numpy().tobytes()).hexdigest()[:12]
-    path = CACHE / f"classifier-{name}-{digest}.pt"
+    digest = hashlib.sha256(str(model).encode())
+    for v in (data.x, data.y):
+        digest.update(v.cpu().numpy())
+    path = CACHE / f"classifier-{name}-{digest.hexdigest()[:12]}.pt"
     if path.exists():
         try:
             model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
@@ -792,14 +799,14 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     device, shape, steps = data.x.device, data.x.shape[1:], cfg.sample_steps
     num_classes = int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
-    fid, fishers, seconds = [], [], Counter()
+    fid, fishers, seconds, warm, announced = [], [], Counter(), None, False
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds[name] += time.perf_counter() - start
 
     torch.manual_seed(cfg.seed)  # the global generator: initial weights and dropout, nothing else
@@ -807,49 +814,52 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     model.to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
     total_passes = passes_of_a_run(cfg, method, tasks)
-    draw = rng(cfg.seed, "picture", 0, device)
-    picture_noise = torch.randn(num_classes * 10, *shape, generator=draw, device=device)
+    generator = rng(cfg.seed, "picture", 0, device)
+    picture_noise = torch.randn(num_classes * 10, *shape, generator=generator, device=device)
     with timed("fid"):
         real = [features(task.test_x) for task in tasks]
         # What a perfect model would score: as many training images, at random, in the place of samples.
-        draw = rng(cfg.seed, "real", 0, device)
-        shuffled = [task.x[torch.randperm(len(task.x), generator=draw, device=device)] for task in tasks]
+        generator = rng(cfg.seed, "real", 0, device)
+        shuffled = [task.x[torch.randperm(len(task.x), generator=generator, device=device)] for task in tasks]
         fid_real = [frechet_distance(a, features(x[: len(a)])) for a, x in zip(real, shuffled)]
 
     with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
         for k, (x, y, _, _) in enumerate(tasks):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
-            name, teacher, pool = f"task {k + 1}/{cfg.tasks}", None, None
+            prefix, teacher, pool = f"task {k + 1}/{cfg.tasks}", None, None
             if k:
                 teacher = copy.deepcopy(model).eval().requires_grad_(False)
                 if penalty:
                     penalty.start(flat(teacher.parameters()))
             if k and method.replay:
                 with timed("sample"):
-                    draw, num_old = rng(cfg.seed, "pool", k, device), k * per_task
+                    generator, num_old = rng(cfg.seed, "pool", k, device), k * per_task
                     pool = replay_pool(
-                        teacher, shape, num_old, cfg.replay_per_class, steps, draw, f"{name} replay"
+                        teacher, shape, num_old, cfg.replay_per_class, steps, generator, f"{prefix} replay"
                     )
 
             with timed("train"):
-                imitated, held = (teacher if method.distill else None), (penalty if k else None)
-                for images, elapsed in train_task(cfg, k, model, imitated, held, x, y, pool, log):
-                    if total_passes and (images >= 2000 or elapsed > 5):
-                        announce(elapsed / (3 * images) * total_passes)
-                        total_passes = None
+                taught, held = (teacher if method.distill else None), (penalty if k else None)
+                for images, elapsed in train_task(cfg, k, model, taught, held, x, y, pool, log):
+                    warm = warm or ((images, elapsed) if elapsed < 5 else (0, 0))  # first steps are slower
+                    if k == 0 and not announced and images > warm[0] and (elapsed > 5 or images >= 2000):
+                        announced = True
+                        announce((elapsed - warm[1]) / (images - warm[0]) / 3 * total_passes)
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < cfg.tasks:
                 with timed("fisher"):
-                    draw, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
-                    fisher = method.fisher(model, x, y, n, cfg.batch_size, draw)
+                    generator, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
+                    fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
                     penalty.add(fisher, flat(model.parameters()))
                     fishers.append(describe_fisher(fisher))
 
             labels = [task.test_y for task in tasks[: k + 1]]
             with timed("sample"):
-                draw = rng(cfg.seed, "fid", k, device)
-                samples = sample_images(model, shape, torch.cat(labels), steps, draw, f"{name} FID samples")
+                generator = rng(cfg.seed, "fid", k, device)
+                samples = sample_images(
+                    model, shape, torch.cat(labels), steps, generator, f"{prefix} FID samples"
+                )
             with timed("fid"):
                 parts = samples.split([len(v) for v in labels])
                 row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
@@ -857,12 +867,15 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             shown = torch.arange((k + 1) * per_task, device=device).repeat_interleave(10)
             picture = to_uint8(ddim_sample(model, picture_noise[: len(shown)], shown, steps))
             save_samples(picture, cfg.out / f"samples-task{k + 1}.png")
-            tqdm.write(f"after task {k + 1}: FID " + "  ".join(f"{v:.1f}" for v in row))
+            tqdm.write(
+                f"after task {k + 1}, FID (features: {cfg.fid_features}): "
+                + "  ".join(f"{v:.1f}" for v in row)
+            )
 
     with whole(cfg.out / "model.pt") as temporary:
         torch.save(model.state_dict(), temporary)
     afid, forgetting = afid_and_forgetting(fid)
-    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy")
+    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     result = {
         **{key: getattr(cfg, key) for key in ("dataset", "method", "lam", "seed")},
         "fid": fid,
@@ -893,7 +906,7 @@ def table(result: dict) -> str:
         cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, result["afid"][j]]]
         rows.append(f"{j + 1:>10}  " + "".join(cells))
     rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
-    title = f"FID of each task ({result['fid_features']} features), {result['dataset']}, {result['method']}"
+    title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     final = f"AFID {result['afid'][-1]:.2f}   forgetting {result['forgetting']:.2f}   (lower is better)"
     return "\n".join(["", title, *rows, "", final, ""])
 
@@ -915,7 +928,7 @@ def plot_fid(result: dict, path: Path) -> None:
         axes.plot(after[k:], [row[k] for row in result["fid"][k:]], "o-", alpha=0.7, label=f"task {k + 1}")
     axes.plot(after, result["afid"], "ks--", label="AFID")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="after task", ylabel=f"FID ({result['fid_features']} features)", ylim=(0, None))
+    axes.set(xlabel="after task", ylabel=f"FID (features: {result['fid_features']})", ylim=(0, None))
     axes.set_title(f"{result['dataset']}, {result['method']}, seed {result['seed']}")
     axes.legend()
     with whole(path) as temporary:
@@ -923,43 +936,35 @@ def plot_fid(result: dict, path: Path) -> None:
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda of every folder/*/result.json: to path.png, and path.json."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
-    if not results:
+    """AFID and forgetting over lambda of every folder/*/result.json, to path.png and, in full, path.json."""
+    files = sorted(folder.glob("*/result.json"))
+    if not files:
         stop(f"no folder in {folder} has a result.json: train some first (make sweep)")
-    runs = [
-        {
-            key: result[key]
-            for key in ("dataset", "method", "lam", "seed", "fid_features", "forgetting", "fisher")
-        }
-        | {"afid": result["afid"][-1], "learned": float(np.mean(np.diag(result["fid"])))}
-        for result in results
-    ]
-    runs.sort(key=lambda run: (run["method"], run["lam"], run["seed"]))
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    labels = {
-        "afid": "AFID after the last task",
-        "forgetting": "forgetting",
-        "learned": "mean FID of a task just learned",
+    results = sorted((json.loads(file.read_text()) for file in files), key=lambda r: (r["method"], r["lam"]))
+    panels = {
+        "AFID after the last task": lambda r: r["afid"][-1],
+        "forgetting": lambda r: r["forgetting"],
+        "mean FID of a task just learned": lambda r: np.mean(np.diag(r["fid"])),
     }
-    for axes, (key, label) in zip(figure.subplots(1, 3), labels.items()):
-        for method in sorted({run["method"] for run in runs}):
-            points = [(run["lam"], run[key]) for run in runs if run["method"] == method]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (label, value) in zip(figure.subplots(1, 3), panels.items()):
+        for method in sorted({r["method"] for r in results}):
+            points = [(r["lam"], value(r)) for r in results if r["method"] == method]
             axes.plot(*zip(*points), "o-", alpha=0.7, label=method)
-        axes.set_xscale("symlog", linthresh=min((run["lam"] for run in runs if run["lam"]), default=1))
+        axes.set_xscale("symlog", linthresh=min((r["lam"] for r in results if r["lam"]), default=1))
         axes.set(xlabel="lambda (0: no penalty, GD alone)", ylabel=label)
-        axes.set_yscale("linear" if key == "forgetting" else "log")
+        axes.set_yscale("linear" if label == "forgetting" else "log")
         axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.suptitle(
-        f"{results[0]['dataset']}, seed {results[0]['seed']}, FID on {results[0]['fid_features']} features"
-    )
-    with whole(path.with_suffix(".png")) as temporary:
+    title = {f"{r['dataset']}, seed {r['seed']}, FID (features: {r['fid_features']})" for r in results}
+    figure.suptitle("; ".join(sorted(title)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(Path(f"{path}.png")) as temporary:
         figure.savefig(temporary, dpi=120)
-    with whole(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(runs, indent=1) + "\n")
-    print(f"wrote {path.with_suffix('.png')} and {path.with_suffix('.json')}")
+    with whole(Path(f"{path}.json")) as temporary:
+        temporary.write_text(json.dumps(results) + "\n")
+    print(f"wrote {path}.png and {path}.json")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1063,11 +1068,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         return plot_sweep(cfg.plot_sweep, cfg.out)
     device = find_device(cfg.device)
     cfg.device = str(device)
-    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
     data = Data(*(v.to(device) for v in LOADERS[cfg.dataset](cfg.data_dir)))
     size, halvings = data.x.shape[-1], len(cfg.channels) - 1
-    if size % 2**halvings:
+    if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
         stop(
             f"--channels: {halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
         )
@@ -1076,17 +1080,22 @@ def main(argv: list[str] | None = None) -> dict | None:
         tempfile.TemporaryFile(dir=cfg.out).close()
     except OSError as error:
         stop(f"--out {cfg.out} cannot be written ({error.strerror}): name another folder")
-    if cfg.fid == "inception":
-        features, cfg.fid_features = inception_features(device), "inception"
-    else:
-        features, accuracy = classifier_features(cfg.dataset, data)
-        cfg.fid_features = f"{cfg.dataset}-classifier"
-        print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
     try:
-        result = run(cfg, limit_classes(data, cfg.limit) if cfg.limit else data, features)
+        if cfg.fid == "inception":
+            features, cfg.fid_features = inception_features(device), "inception"
+        else:
+            features, accuracy = classifier_features(cfg.dataset, data)
+            cfg.fid_features = f"{cfg.dataset}-classifier"
+            print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
+        if cfg.limit:
+            data = limit_classes(data, cfg.limit)
+            cfg.fid_features += f", limit {cfg.limit}"
+        result = run(cfg, data, features)
     except KeyboardInterrupt:
         stop("interrupted: nothing is kept of this run but its log and pictures")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
     print(table(result))
     print(f"In {cfg.out}: result.json, fid.png, samples-task1..{cfg.tasks}.png, log.jsonl, model.pt")

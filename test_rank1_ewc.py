@@ -63,6 +63,27 @@ def test_unet_has_as_many_parameters_as_the_papers(in_channels, num_classes, cou
         assert sum(p.numel() for p in r.UNet(in_channels, num_classes).parameters()) == count
 
 
+def test_parameters_have_the_names_that_diffusers_gives_them():
+    with torch.device("meta"):
+        names = r.UNet(1, 10).state_dict().keys()
+    for name in (
+        "conv_in.weight",
+        "time_embedding.linear_1.weight",
+        "class_embedding.weight",
+        "down_blocks.0.downsamplers.0.conv.weight",
+        "down_blocks.1.resnets.0.conv_shortcut.bias",
+        "down_blocks.2.downsamplers.0.conv1.weight",
+        "down_blocks.2.attentions.1.group_norm.weight",
+        "mid_block.attentions.0.to_out.0.weight",
+        "up_blocks.0.upsamplers.0.conv.weight",
+        "up_blocks.1.upsamplers.0.time_emb_proj.bias",
+        "up_blocks.3.resnets.2.conv_shortcut.weight",
+        "conv_norm_out.bias",
+        "conv_out.weight",
+    ):
+        assert name in names
+
+
 def diffusers_unet(channels, layers_per_block, norm_groups):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
@@ -156,12 +177,27 @@ def test_uint8_images_survive_the_way_to_float_and_back():
 
 def gradients_one_by_one(model, images, labels, n, batch, seed):
     """g_i (n, D) in float64, a backward pass per sample, on the draws that the estimators make."""
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
     g = []
     for draw in r.fisher_draws(images, labels, n, batch, generator(seed)):
-        for sample in zip(*draw):
-            loss = r.per_sample_loss(model, *(v[None] for v in sample))[0]
+        for x0, t, eps, y in zip(*draw):
+            x_t = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * eps
+            loss = ((model(x_t[None], t[None], y[None])[0] - eps) ** 2).mean()
             g.append(r.flat(torch.autograd.grad(loss, model.parameters())))
     return torch.stack(g).double()
+
+
+@pytest.mark.parametrize("n", [10, 40, 4000])
+def test_fisher_samples_are_spread_over_all_images_with_their_labels_and_over_all_timesteps(n):
+    images, labels = small_images(40)
+    labels = labels.sort().values  # as some datasets are stored: class after class
+    x0, t, eps, y = (torch.cat(v) for v in zip(*r.fisher_draws(images, labels, n, 7, generator())))
+    which = [int((r.to_float(images) == x).flatten(1).all(1).nonzero()) for x in x0]
+    assert labels[which].equal(y)
+    assert set(y.tolist()) == set(range(10))
+    assert set(np.bincount(which, minlength=40)) == {n // 40} if n >= 40 else len(set(which)) == n
+    assert t.min() < 1000 / n**0.5 < 1000 - 1000 / n**0.5 < t.max()
+    assert eps.mean().abs() < 0.1
 
 
 @pytest.mark.parametrize("n", [6, 10])  # each image once, and some twice
@@ -238,8 +274,11 @@ def test_penalties_keep_no_copy_of_the_old_weights_per_task():
     for mu, c_star, fisher, theta_star in tasks:
         rank1.add((mu, c_star), theta_star)
         diagonal.add(fisher, theta_star)
-    assert (rank1.a.shape, len(rank1.b)) == ((3, 50), 3)
-    assert [name for name, v in vars(rank1).items() if torch.is_tensor(v)] == ["a"]
+    rank1.start(theta_star)
+    diagonal.start(theta_star)
+    assert (rank1.a.shape, len(rank1.b), rank1.residual.shape) == ((3, 50), 3, (3,))
+    assert [name for name, v in vars(rank1).items() if torch.is_tensor(v)] == ["a", "origin", "residual"]
+    assert rank1.origin is theta_star  # the weights the task starts with, not a copy
     assert [name for name, v in vars(diagonal).items() if torch.is_tensor(v)] == ["H", "center"]
     assert (diagonal.H.shape, diagonal.center.shape) == ((50,), (50,))
 
@@ -272,11 +311,17 @@ def test_rank1_penalty_is_exact_at_the_papers_size_in_float32():
 
 
 def test_replay_pool_holds_equally_many_uint8_images_of_every_old_class():
-    x, y = r.replay_pool(small_unet(), (1, 8, 8), 4, 3, 2, generator(), "pool")
+    class Painter(torch.nn.Module):
+        def forward(self, x_t, t, y):  # an eps that leads to an image as grey as the class says
+            abar = r.alphas_cumprod(CPU)[t][:, None, None, None]
+            return (x_t - abar.sqrt() * (y[:, None, None, None] / 5 - 0.5)) / (1 - abar).sqrt()
+
+    x, y = r.replay_pool(Painter(), (1, 8, 8), 4, 30, 2, generator(), "pool")
     assert x.dtype == torch.uint8
-    assert x.shape == (12, 1, 8, 8)
-    assert y.bincount().tolist() == [3, 3, 3, 3]
-    assert x.float().std() > 1
+    assert x.shape == (120, 1, 8, 8)
+    assert y.bincount().tolist() == [30, 30, 30, 30]
+    grey = torch.tensor([64, 89, 115, 140])  # (y / 5 - 0.5 + 1) * 127.5
+    assert (x.float() - grey[y][:, None, None, None]).abs().max() <= 1
 
 
 def test_distillation_has_no_gradient_where_student_and_teacher_agree():
@@ -416,7 +461,11 @@ def test_every_method_runs_from_the_command_line_and_leaves_its_results(tmp_path
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
     assert "AFID" in done.stdout
-    assert "digits-classifier" in done.stdout
+    assert all(
+        "digits-classifier" in line
+        for line in done.stdout.splitlines()
+        if "FID of" in line or ", FID" in line
+    )
     assert f"task 5/5 {method}" in done.stderr
 
     result = json.loads((tmp_path / "out/result.json").read_text())
@@ -458,7 +507,8 @@ def test_rank1_without_a_penalty_is_gd_to_the_last_digit(tmp_path):
     assert run_main(tmp_path / "a", "--lam", "0")["fid"] == run_main(tmp_path / "b", "--method", "gd")["fid"]
 
 
-def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["gd", "rank1"])
+def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, monkeypatch, method):
     real_forward, counted = r.UNet.forward, [0]
 
     def count(self, x, t, y):
@@ -469,10 +519,11 @@ def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, mon
     passes_of_a_run = r.passes_of_a_run
     monkeypatch.setattr(r, "passes_of_a_run", lambda *a: promised.append(passes_of_a_run(*a)) or promised[0])
     monkeypatch.setattr(r.UNet, "forward", count)
-    run_main(tmp_path, "--epochs", "11", "--method", "gd")
+    run_main(tmp_path, "--epochs", "11", "--method", method)
     assert "At this rate the whole run takes about" in capsys.readouterr().out
     pictures = 2 * 10 * 2 * (1 + 2 + 3 + 4 + 5)  # DDIM steps x images a class x classes: too few to promise
-    assert counted[0] - pictures == pytest.approx(promised[0], rel=0.15)
+    forward_mode = 4 * 200 * 2 * (method == "rank1")  # done without a graph, counted as 1, costs about 3
+    assert counted[0] - pictures + forward_mode == pytest.approx(promised[0], rel=0.15)
 
 
 def test_an_unfinished_file_never_takes_the_place_of_a_whole_one(tmp_path):
@@ -490,6 +541,7 @@ def test_the_sweep_is_plotted_from_the_runs_results(tmp_path):
     r.main(["--plot-sweep", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep")])
     runs = json.loads((tmp_path / "sweep.json").read_text())
     assert [run["lam"] for run in runs] == [0, 30]
+    assert all(len(run["fid"]) == 5 for run in runs)
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
@@ -503,7 +555,9 @@ def test_cuda_and_the_cpu_find_the_same_mu_and_c_star():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(r, "fisher_draws", lambda *_, d=device: ([v.to(d) for v in draw] for draw in draws))
             found.append(r.rank1_fisher(on_device, images, labels, 64, 16, torch.Generator(device)))
-    torch.testing.assert_close(found[0][0], found[1][0].cpu(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found[0][0], found[1][0].cpu(), atol=1e-2 * float(found[0][0].abs().max()), rtol=0
+    )
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-2)
 
 
@@ -541,6 +595,7 @@ def refusal(capsys, *argv):
         ("--channels 32;64", "--channels 32,64"),
         ("--channels 0", "--channels 1"),
         ("--channels 8,8,8,8,8", "--channels levels 8x8"),
+        ("--channels 8,8,8,8", "--channels levels 8x8"),
         ("--device tpu", "--device auto cpu cuda"),
         ("--device cuda:99", "--device cuda:99 auto"),
         ("--seed -1", "--seed 0"),
