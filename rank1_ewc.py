@@ -611,7 +611,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d) and (N_b, d), N >= 2.
+    """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), N >= 2.
 
     With A, B the centred features over sqrt(N - 1), the last trace is the sum of A B^T's singular values: the
     same number without a matrix square root, which is slow and warns or fails where N < d (singular S).
