@@ -48,7 +48,7 @@ converged:  ## twice the epochs for GD on the sweep's seed: is that baseline tra
 results/converged/result.json: | .venv/installed
 	$(RUN) --method gd --seed 100 --epochs 540 --out $(@D) $(EXTRA)
 
-fashion-quick: .venv/installed  ## a quick look at the real FashionMNIST (DATA=its folder): about an hour
+fashion-quick: .venv/installed  ## a quick look at the real FashionMNIST (DATA=its folder): one to two hours
 	$(RUN) --dataset fashion --method rank1 --data-dir $(DATA) --channels 32,64 --epochs 1 --limit 200 \
 	  --fid classifier --out results/fashion-quick $(EXTRA)
 
