@@ -921,7 +921,7 @@ def save_samples(images: Tensor, path: Path) -> None:
 
 def plot_fid(result: dict, path: Path) -> None:
     """Each task's FID from the task it was learned in to the last, and their mean, the AFID."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     after = range(1, len(result["fid"]) + 1)
     for k in range(len(after)):
@@ -930,7 +930,7 @@ def plot_fid(result: dict, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="after task", ylabel=f"FID (features: {result['fid_features']})", ylim=(0, None))
     axes.set_title(f"{result['dataset']}, {result['method']}, seed {result['seed']}")
-    axes.legend()
+    figure.legend(loc="outside right center")
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -1094,7 +1094,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     except KeyboardInterrupt:
         stop("interrupted: nothing is kept of this run but its log and pictures")
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
     print(table(result))
