@@ -14,23 +14,29 @@ g = dl/dtheta the gradient of one sample's loss; mu = E[g]; T the number of task
 
 import argparse
 import copy
+import csv
 import hashlib
 import json
 import math
 import os
 import pickle
 import platform
+import shlex
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from http.client import HTTPException
 from importlib.metadata import version
+from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+from zipfile import BadZipFile
 
 # cuBLAS reads this when CUDA starts: without it the same seed may give two results on one GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -43,6 +49,7 @@ import torch
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
@@ -61,14 +68,14 @@ PAPER = {
     "lr": 2e-4,  # Adam, a fresh one each task
     "lr_decay": "none",  # none: constant | linear: falls to 0 within each task
     "lam": 15000.0,  # EWC's lambda; it belongs to this network: a smaller one needs its own
-    "channels": (128, 256, 256, 256),  # of the UNet, a level each
+    "channels": [128, 256, 256, 256],  # of the UNet, a level each
     "layers_per_block": 2,
-    "norm_groups": 32,
     "dropout": 0.1,  # as written; the authors' code has it off from its first sampling on (--dropout 0)
     "replay_per_class": 5000,
     "sample_steps": 50,  # DDIM
     "fisher_samples": None,  # None: every training image of the task once, at one random (t, eps)
     "fid": "inception",
+    "checkpoint_epochs": 1,
 }
 SMALL = {
     "epochs": 270,  # 810 steps a task
@@ -76,20 +83,36 @@ SMALL = {
     "lr": 4e-3,
     "lr_decay": "linear",
     "lam": 10.0,  # the best above 0 of `make sweep`, where 0 is better still
-    "channels": (16, 32),
+    "channels": [16, 32],
     "layers_per_block": 1,
-    "norm_groups": 4,
     "dropout": 0.0,
     "replay_per_class": 200,
     "sample_steps": 20,
     "fisher_samples": 4000,  # about 20 a training image: of 200, the mean gradient is mostly sampling noise
     "fid": "classifier",
+    "checkpoint_epochs": 10,  # an epoch takes 0.2 s and a checkpoint 0.02 s
 }
-DATASETS = {"digits": PAPER | SMALL, "mnist": PAPER, "fashion": PAPER}
+LARGE = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}  # 50 classes a task
+DATASETS = {
+    "digits": PAPER | SMALL,
+    "mnist": PAPER,
+    "fashion": PAPER,
+    "cifar10": PAPER,
+    "imagenet32": PAPER | LARGE,
+}
 NUM_STEPS = 1000  # diffusion timesteps
 HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
 LOG_EVERY = 10  # training steps
+CELL = 34  # pixels of an image in a picture, its margin of 2 included
+PLACES = (
+    "data_dir",
+    "out",
+    "checkpoint_epochs",
+    "fresh",
+    "plot_sweep",
+    "report",
+)  # settings that change no number
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
 
 
@@ -121,7 +144,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 class Data(NamedTuple):
-    """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, for training and for testing."""
+    """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, sorted, for training and for testing."""
 
     x: Tensor
     y: Tensor
@@ -137,6 +160,12 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """float in [-1, 1] -> uint8 in 0..255, rounded, clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def sort_classes(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Data:
+    """Class after class, in the order in which each class's images were."""
+    train, test = y.argsort(stable=True), test_y.argsort(stable=True)
+    return Data(x[train], y[train], test_x[test], test_y[test])
 
 
 def load_digits(_: Path) -> Data:
@@ -181,27 +210,136 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
             )
         stop(f"the files in {raw} are damaged ({error}): remove them, to download them again")
     x, test_x = (F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test))
-    return Data(x, train.targets, test_x, test.targets)
+    return sort_classes(x, train.targets, test_x, test.targets)
+
+
+def load_cifar10(data_dir: Path) -> Data:
+    """CIFAR-10, 3x32x32. Its files are pickles; torchvision reads only those with the right MD5."""
+    try:
+        train, test = (torchvision.datasets.CIFAR10(data_dir, train=t, download=True) for t in (True, False))
+    except (OSError, HTTPException, RuntimeError) as error:
+        stop(
+            f"CIFAR10 is not complete and cannot be downloaded ({error}): put cifar-10-python.tar.gz"
+            f" into {data_dir}, or name another folder with --data-dir"
+        )
+    x, test_x = (torch.from_numpy(split.data).permute(0, 3, 1, 2) for split in (train, test))
+    return sort_classes(x, torch.tensor(train.targets), test_x, torch.tensor(test.targets))
+
+
+IMAGENET_FILES = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
+
+
+def shrink(path: Path) -> np.ndarray:
+    """An image file of any size -> (3072,) uint8, channel, row, column: each pixel the mean of its area."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
+    except OSError as error:
+        raise OSError(f"{path} is damaged ({error}): put a whole one in its place") from None
+    return np.asarray(small).transpose(2, 0, 1).ravel()
+
+
+def shrink_tree(folder: Path) -> None:
+    """train/<wnid>/*.JPEG and val/<wnid>/*.JPEG -> IMAGENET_FILES beside them; labels in the wnids' order.
+
+    A file that is already there is kept, each is written whole: an interrupted run goes on with the next.
+    """
+    wnids, others = (sorted(p.name for p in (folder / s).iterdir() if p.is_dir()) for s in ("train", "val"))
+    if wnids != others:
+        stop(
+            f"{folder / 'train'} and {folder / 'val'} must have the same folders, one a class: n01440764, .."
+        )
+    parts = {}
+    for split, names in (("train", IMAGENET_FILES[:-1]), ("val", IMAGENET_FILES[-1:])):
+        images = [
+            (p, label)
+            for label, w in enumerate(wnids, 1)
+            for p in sorted((folder / split / w).glob("*.JPEG"))
+        ]
+        parts |= {name: images[i :: len(names)] for i, name in enumerate(names)}
+    total = sum(len(part) for part in parts.values())
+    with tqdm(total=total, desc="shrinking ImageNet", unit="img", **BAR) as bar, ThreadPool() as threads:
+        for name, part in parts.items():
+            if (folder / name).exists():
+                bar.update(len(part))
+                continue
+            data = np.empty((len(part), 3072), np.uint8)
+            for i, row in enumerate(threads.imap(shrink, [path for path, _ in part], chunksize=16)):
+                data[i] = row
+                bar.update()
+            with whole(folder / name) as temporary:
+                np.savez(temporary, data=data, labels=np.array([label for _, label in part]))
+
+
+def load_imagenet32(data_dir: Path) -> Data:
+    """ImageNet at 3x32x32 from IMAGENET_FILES (arXiv 1707.08819) or, made into these once, a folder tree.
+
+    Each file: `data` (N, 3072) uint8 in channel, row, column order, `labels` (N,) from 1 on. In host memory
+    lie the training images, put into the order of their classes as they are read, and one file: 4.4 GB.
+    """
+    folder = data_dir / "imagenet32"
+    missing = [name for name in IMAGENET_FILES if not (folder / name).is_file()]
+    if missing and (folder / "train").is_dir() and (folder / "val").is_dir():
+        try:
+            shrink_tree(folder)
+        except OSError as error:
+            stop(str(error))
+    elif missing:
+        stop(
+            f"{folder} lacks {', '.join(missing)}: put the npz files of the downsampled ImageNet (32x32)"
+            " there, or the folders train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or name another --data-dir"
+        )
+
+    def load(name: str, key: str, dtype: type) -> Tensor:
+        try:
+            with np.load(folder / name, allow_pickle=False) as file:
+                return torch.from_numpy(file[key].astype(dtype, casting="same_kind", copy=False))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            stop(f"{folder / name} is damaged ({error}): put a whole one in its place")
+
+    def sorted_by_class(names: list[str]) -> tuple[Tensor, Tensor]:
+        labels = [load(name, "labels", np.int64) - 1 for name in names]
+        y, order = torch.cat(labels).sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(y)))  # of each image in x
+        x = torch.empty(len(y), 3, 32, 32, dtype=torch.uint8)
+        for name, where in zip(names, place.split([len(v) for v in labels])):
+            data = load(name, "data", np.uint8)
+            if data.shape != (len(where), 3072):
+                stop(f"{folder / name} holds images of shape {tuple(data.shape)}, not ({len(where)}, 3072)")
+            x[where] = data.view(-1, 3, 32, 32)
+        return x, y
+
+    data = Data(*sorted_by_class(IMAGENET_FILES[:-1]), *sorted_by_class(IMAGENET_FILES[-1:]))
+    classes, tasks = data.y.unique(), DATASETS["imagenet32"]["tasks"]
+    if not classes.equal(torch.arange(len(classes))) or not classes.equal(data.test_y.unique()):
+        stop(f"the labels in {folder} are not 1, 2, 3, .. in train_data_batch_* and in val_data alike")
+    if len(classes) % tasks:
+        stop(f"{folder} has {len(classes)} classes, which {tasks} tasks cannot share equally")
+    return data
 
 
 LOADERS: dict[str, Callable[[Path], Data]] = {
     "digits": load_digits,
     "mnist": lambda data_dir: load_idx(torchvision.datasets.MNIST, data_dir),
     "fashion": lambda data_dir: load_idx(torchvision.datasets.FashionMNIST, data_dir),
+    "cifar10": load_cifar10,
+    "imagenet32": load_imagenet32,
 }
 
 
 def limit_classes(data: Data, n: int) -> Data:
-    """The first n images of each class, of those to train and of those to test."""
-    train, test = (torch.cat([(y == c).nonzero()[:n, 0] for c in y.unique()]) for y in (data.y, data.test_y))
+    """The first n images of each class, of those to train and of those to test, of data sorted by class."""
+    train, test = (torch.arange(len(y)) - torch.searchsorted(y, y) < n for y in (data.y, data.test_y))
     return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
 def split_tasks(data: Data, tasks: int) -> list[Data]:
-    """The classes in label order, equally many a task."""
+    """The classes in label order, equally many a task; views, no copies, of data sorted by class."""
     per_task = int(data.y.max() + 1) // tasks
-    masks = [(data.y // per_task == task, data.test_y // per_task == task) for task in range(tasks)]
-    return [Data(data.x[a], data.y[a], data.test_x[b], data.test_y[b]) for a, b in masks]
+    first = torch.arange(tasks + 1) * per_task
+    a, b = (torch.searchsorted(y, first).tolist() for y in (data.y, data.test_y))  # where each task begins
+    train, test = ([slice(*ends) for ends in pairwise(v)] for v in (a, b))
+    return [Data(data.x[i], data.y[i], data.test_x[j], data.test_y[j]) for i, j in zip(train, test)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -294,13 +432,12 @@ class UNet(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
-        channels: tuple[int, ...] = (128, 256, 256, 256),
+        channels: Sequence[int] = (128, 256, 256, 256),
         layers_per_block: int = 2,
-        norm_groups: int = 32,
         dropout: float = 0.1,
     ):
         super().__init__()
-        temb = 4 * channels[0]
+        temb, norm_groups = 4 * channels[0], channels[0] // 4
         last = len(channels) - 1
 
         def resnet(c_in, c_out, resample=None):
@@ -503,7 +640,7 @@ def diagonal_fisher(
 
 # ----------------------------------------------------------------------------------------------------------
 # Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks:
-# add(fisher, theta*) after a task, start(theta) before the next, then penalty(theta) at every step.
+# add(fisher, theta*) after a task, then start(theta) before the next gives its penalty, a function of theta.
 
 
 class Rank1Penalty:
@@ -521,14 +658,11 @@ class Rank1Penalty:
         self.a = a if self.a is None else torch.cat([self.a, a])  # (tasks, D)
         self.b.append(dot64(a[0], theta_star))
 
-    def start(self, theta: Tensor) -> None:
-        """Measure from theta, the weights a task starts with: a^T theta - b of large theta would cancel."""
-        self.origin = theta
-        residual = [dot64(a, theta) - b for a, b in zip(self.a, self.b)]
-        self.residual = torch.tensor(residual, dtype=torch.float32, device=theta.device)  # (tasks,)
-
-    def __call__(self, theta: Tensor) -> Tensor:
-        return self.lam / 2 * (self.a @ (theta - self.origin) + self.residual).square().sum()
+    def start(self, origin: Tensor) -> Callable[[Tensor], Tensor]:
+        """Measured from the weights a task starts with, since a^T theta - b of large theta would cancel."""
+        residual = [dot64(a, origin) - b for a, b in zip(self.a, self.b)]
+        residual = torch.tensor(residual, dtype=torch.float32, device=origin.device)  # (tasks,)
+        return lambda theta: self.lam / 2 * (self.a @ (theta - origin) + residual).square().sum()
 
 
 class DiagonalPenalty:
@@ -547,26 +681,30 @@ class DiagonalPenalty:
         self.rest += dot64(self.H * share, step.square())
         self.H, self.center = H, self.center + share * step
 
-    def start(self, theta: Tensor) -> None:
-        """Nothing to measure: each weight is compared with its own centre."""
-
-    def __call__(self, theta: Tensor) -> Tensor:
-        return self.lam / 2 * ((self.H * (theta - self.center).square()).sum() + self.rest)
+    def start(self, origin: Tensor) -> Callable[[Tensor], Tensor]:
+        """Here nothing depends on the origin: each weight is compared with its own centre."""
+        return lambda theta: self.lam / 2 * ((self.H * (theta - self.center).square()).sum() + self.rest)
 
 
 class Method(NamedTuple):
-    """A row of Table 1: which Fisher with which penalty, replayed images or not, distillation or not."""
+    """A row of Table 1: replayed images or not, distillation or not, which Fisher with which penalty."""
 
-    fisher: Callable | None
-    penalty: type | None
-    replay: bool
-    distill: bool
+    replay: bool = False
+    distill: bool = False
+    fisher: Callable | None = None
+    penalty: type | None = None
+    joint: bool = False  # not continual: all classes at once
 
 
 METHODS = {
-    "gd": Method(None, None, replay=True, distill=True),
-    "diag": Method(diagonal_fisher, DiagonalPenalty, replay=True, distill=True),
-    "rank1": Method(rank1_fisher, Rank1Penalty, replay=True, distill=True),
+    "joint": Method(joint=True),
+    "finetune": Method(),
+    "replay": Method(replay=True),
+    "gd": Method(replay=True, distill=True),
+    "diag-only": Method(False, False, diagonal_fisher, DiagonalPenalty),
+    "rank1-only": Method(False, False, rank1_fisher, Rank1Penalty),
+    "diag": Method(True, True, diagonal_fisher, DiagonalPenalty),
+    "rank1": Method(True, True, rank1_fisher, Rank1Penalty),
 }
 
 
@@ -645,13 +783,13 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     return features
 
 
-def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.ndarray], float]:
+def classifier_features(name: str, data: Data, device) -> tuple[Callable[[Tensor], np.ndarray], float]:
     """images uint8 -> the penultimate features (N, 64) of a small CNN of `data`; and its test accuracy.
 
     Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
     digest of them and the network.
     """
-    device, (channels, size) = data.x.device, data.x.shape[1:3]
+    channels, size = data.x.shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -666,7 +804,7 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
         ).to(device)
     digest = hashlib.sha256(str(model).encode())
     for v in (data.x, data.y):
-        digest.update(v.cpu().numpy())
+        digest.update(v.numpy())
     path = CACHE / f"classifier-{name}-{digest.hexdigest()[:12]}.pt"
     if path.exists():
         try:
@@ -675,10 +813,11 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
             stop(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again")
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        generator = rng(0, "classifier", 0, device)
+        generator = rng(0, "classifier", 0, torch.device("cpu"))
         for _ in tqdm(range(1000), desc="classifier for the FID", unit="step", leave=False, **BAR):
-            index = torch.randint(len(data.y), (128,), generator=generator, device=device)
-            loss = F.cross_entropy(model(to_float(data.x[index])), data.y[index])
+            index = torch.randint(len(data.y), (128,), generator=generator)
+            x, y = data.x[index].to(device), data.y[index].to(device)
+            loss = F.cross_entropy(model(to_float(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -689,52 +828,56 @@ def classifier_features(name: str, data: Data) -> tuple[Callable[[Tensor], np.nd
 
     @torch.no_grad()
     def apply(layers: nn.Module, images: Tensor) -> Tensor:
-        return torch.cat([layers(to_float(part)) for part in images.split(1000)])
+        return torch.cat([layers(to_float(part.to(device))) for part in images.split(1000)]).cpu()
 
     accuracy = (apply(model, data.test_x).argmax(1) == data.test_y).float().mean().item()
-    return lambda images: apply(model[:-1], images).cpu().numpy(), accuracy
+    return lambda images: apply(model[:-1], images).numpy(), accuracy
 
 
-def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], float]:
+def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], float | None]:
     """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, final forgetting.
 
     AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)). Lower is better.
+    Joint training has one row, of all tasks, and forgets nothing: None.
     """
-    afid = [sum(row[: j + 1]) / (j + 1) for j, row in enumerate(fid)]
-    return afid, sum(fid[-1][k] - fid[k][k] for k in range(len(fid))) / len(fid)
+    afid = [float(np.mean([v for v in row if v is not None])) for row in fid]
+    T = len(fid[-1])
+    return afid, sum(fid[-1][k] - fid[k][k] for k in range(T)) / T if len(fid) == T else None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# One task, and the loop over tasks.
+# One task; the loop over tasks; and the checkpoint from which a stopped run goes on.
 
 
-def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iterator[tuple[int, float]]:
-    """Train the model on one task: L_total = denoising + distillation + penalty, with a fresh Adam.
+def train_task(
+    cfg, task: int, epoch: int, model, optimizer, generators, teacher, held, x, y, pool, log
+) -> Iterator[tuple[float, float]]:
+    """Train on one task, from `epoch` on: L_total = denoising + distillation + penalty.
 
     x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher
-    and penalty may be None. Writes mean losses to `log`, and stops when one is not finite. Yields, now and
-    then, how many real images have been trained on and in how many seconds.
+    and the penalty `held` may be None. Writes mean losses to `log`, and stops when one is not finite. Yields
+    now and then, and after every epoch, how many epochs are done, and in how many seconds of this call.
     """
-    order, replay, noise = (
-        rng(cfg.seed, purpose, task, x.device) for purpose in ("order", "replay", "noise")
-    )
-    params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr=cfg.lr)
+    params, device = list(model.parameters()), x.device
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
-    steps_per_epoch = len(x) // batch
-    steps = cfg.epochs * steps_per_epoch
-    step, recent, started = 0, [], time.perf_counter()
+    per_epoch = len(x) // batch
+    step, steps = epoch * per_epoch, cfg.epochs * per_epoch
+    recent, started = [], time.perf_counter()
     model.train()
-    with tqdm(total=steps, desc=f"task {task + 1}/{cfg.tasks} {cfg.method}", unit="step", **BAR) as bar:
-        for epoch in range(cfg.epochs):
-            shuffled = torch.randperm(len(x), generator=order, device=x.device)
-            for index in shuffled[: steps_per_epoch * batch].split(batch):
+    name = f"task {task + 1}/{cfg.tasks} {cfg.method}"
+    with tqdm(initial=step, total=steps, desc=name, unit="step", **BAR) as bar:
+        for _ in range(epoch, cfg.epochs):
+            shuffled = torch.randperm(len(x), generator=generators["order"], device=device)
+            dropout = torch.randint(2**62, (), generator=generators["dropout"], device=device)
+            torch.manual_seed(int(dropout))  # nn.Dropout can only draw from the global generator
+            for index in shuffled[: per_epoch * batch].split(batch):
                 batch_x, batch_y = x[index], y[index]
                 if pool:
-                    old = torch.randint(len(pool[0]), (batch,), generator=replay, device=x.device)
+                    old = torch.randint(len(pool[0]), (batch,), generator=generators["replay"], device=device)
                     batch_x, batch_y = torch.cat([batch_x, pool[0][old]]), torch.cat([batch_y, pool[1][old]])
+                noise = generators["noise"]
                 denoise, distill = losses(model, teacher, to_float(batch_x), batch_y, batch, noise)
-                ewc = penalty(parameters_to_vector(params)) if penalty else torch.zeros_like(denoise)
+                ewc = held(parameters_to_vector(params)) if held else torch.zeros_like(denoise)
                 if cfg.lr_decay == "linear":
                     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
                 optimizer.zero_grad()
@@ -743,7 +886,7 @@ def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iter
 
                 step += 1
                 recent.append(torch.stack([denoise, distill, ewc]).detach())
-                if step % LOG_EVERY and step not in (1, steps):  # reading a loss waits for the GPU
+                if step % LOG_EVERY and step % per_epoch and step > 1:  # reading a loss waits for the GPU
                     continue
                 values = torch.stack(recent).cpu()  # (steps since the last log, 3)
                 if not values.isfinite().all():
@@ -754,23 +897,27 @@ def train_task(cfg, task: int, model, teacher, penalty, x, y, pool, log) -> Iter
                         f" lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
                     )
                 means = dict(zip(("denoise", "distill", "ewc"), values.mean(0).tolist()))
-                log.write(json.dumps({"task": task + 1, "epoch": epoch + 1, "step": step} | means) + "\n")
+                log.write(
+                    json.dumps({"task": task + 1, "epoch": step / per_epoch, "step": step} | means) + "\n"
+                )
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v}, refresh=False)
                 bar.update(step - bar.n)
                 recent = []
-                yield step * batch, time.perf_counter() - started
+                yield step / per_epoch, time.perf_counter() - started
 
 
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
     """How often the whole run passes one image forward through the network; a backward pass counts as two."""
-    passes = sampled = 0
+    passes, tests = 0, [len(task.test_y) for task in tasks]
+    if method.joint:
+        return 3 * cfg.epochs * sum(len(task.y) for task in tasks) + cfg.sample_steps * sum(tests)
     for k, task in enumerate(tasks):
         replay, distill = (k > 0 and on for on in (method.replay, method.distill))
         passes += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
         passes += 6 * (cfg.fisher_samples or len(task.y)) * (method.fisher is not None and k + 1 < len(tasks))
-        sampled += sum(len(t.test_y) for t in tasks[: k + 1])  # for the FID
-        sampled += replay * cfg.replay_per_class * sum(len(t.y.unique()) for t in tasks[:k])
-    return passes + cfg.sample_steps * sampled
+        pool = replay * cfg.replay_per_class * sum(len(old.y.unique()) for old in tasks[:k])
+        passes += cfg.sample_steps * (pool + sum(tests[: k + 1]))  # for the replay, for the FID
+    return passes
 
 
 def announce(seconds: float) -> None:
@@ -790,87 +937,190 @@ def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
     return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
 
 
-def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray]) -> dict:
+def read_result(path: Path) -> dict:
+    """A run's result.json. Stops if it is not one."""
+    try:
+        result = json.loads(path.read_text())
+        result["config"]["fid_features"], table(result)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        stop(
+            f"{path} is not a whole result ({type(error).__name__}): remove it or give --fresh, to start over"
+        )
+    return result
+
+
+def settings_of(cfg: argparse.Namespace) -> dict:
+    """What the numbers of a run depend on: all settings but those that say where things are."""
+    return {key: value for key, value in vars(cfg).items() if key not in PLACES}
+
+
+def refuse_other(saved: dict, cfg: argparse.Namespace, path: Path) -> None:
+    """Stop if `path` is of a run with other settings, and name the first that differs."""
+    for key, value in settings_of(cfg).items():
+        if saved.get(key) != value:
+            stop(
+                f"{path} was made with --{key.replace('_', '-')} {saved.get(key)}, not {value}: choose another"
+                " folder with --out, or give up what is in this one with --fresh"
+            )
+
+
+def load_checkpoint(path: Path, cfg: argparse.Namespace) -> dict | None:
+    """The state of a stopped run, None if there is none. Stops if it is damaged or of other settings."""
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_other(saved["settings"], cfg, path)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
+    return saved
+
+
+def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray], device) -> dict:
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
-    data: all images, on the device that trains; features: images uint8 -> FID features (N, d).
+    data: all images, sorted by class; features: images uint8 -> FID features (N, d). Goes on from the
+    checkpoint in cfg.out if there is one: on a CPU to the same result as if it had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
-    device, shape, steps = data.x.device, data.x.shape[1:], cfg.sample_steps
-    num_classes = int(data.y.max()) + 1
+    lessons = [data] if method.joint else tasks  # what is trained on, one after the other
+    shape, steps, num_classes = data.x.shape[1:], cfg.sample_steps, int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
-    fid, fishers, seconds, warm, announced = [], [], Counter(), None, False
+    fid, fishers, seconds, clock = [], [], Counter(), time.perf_counter()
+    path = cfg.out / "checkpoint.pt"
+    saved = load_checkpoint(path, cfg)
+    for unfinished in cfg.out.glob(".tmp-*"):  # what this run was writing when it was killed
+        unfinished.unlink()
 
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
+    def lap(name: str) -> None:  # the time since the last lap was spent on `name`
+        nonlocal clock
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        seconds[name] += time.perf_counter() - start
+        now = time.perf_counter()
+        seconds[name] += now - clock
+        clock = now
 
-    torch.manual_seed(cfg.seed)  # the global generator: initial weights and dropout, nothing else
-    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.norm_groups, cfg.dropout)
-    model.to(device)
+    def checkpoint(log, task: int, epoch: int, teacher, optimizer, generators) -> None:
+        state = {
+            "settings": settings_of(cfg),
+            "task": task,
+            "epoch": epoch,
+            "model": model.state_dict(),
+            "teacher": teacher.state_dict() if teacher else None,
+            "optimizer": optimizer.state_dict(),
+            "generators": {purpose: g.get_state() for purpose, g in generators.items()},
+            "penalty": vars(penalty) if penalty else {},
+            "fid": fid,
+            "fisher": fishers,
+            "seconds": dict(seconds),
+            "log": log.tell(),
+        }
+        with whole(path) as temporary:
+            torch.save(state, temporary)
+        lap("checkpoint")
+
+    torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
+    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    total_passes = passes_of_a_run(cfg, method, tasks)
+    first, warm, total_passes = not saved, None, passes_of_a_run(cfg, method, tasks)
     generator = rng(cfg.seed, "picture", 0, device)
-    picture_noise = torch.randn(num_classes * 10, *shape, generator=generator, device=device)
-    with timed("fid"):
-        real = [features(task.test_x) for task in tasks]
-        # What a perfect model would score: as many training images, at random, in the place of samples.
-        generator = rng(cfg.seed, "real", 0, device)
-        shuffled = [task.x[torch.randperm(len(task.x), generator=generator, device=device)] for task in tasks]
-        fid_real = [frechet_distance(a, features(x[: len(a)])) for a, x in zip(real, shuffled)]
+    pictured = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]  # two a task
+    picture_noise = torch.randn(len(pictured) * 10, *shape, generator=generator, device=device)
+    real = [features(task.test_x) for task in tasks]
+    # What a perfect model would score: as many training images, at random, in the place of samples.
+    generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
+    others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
+    fid_real = [frechet_distance(a, features(x)) for a, x in zip(real, others)]
 
-    with open(cfg.out / "log.jsonl", "w", buffering=1) as log:
-        for k, (x, y, _, _) in enumerate(tasks):
+    if saved:
+        model.load_state_dict(saved["model"])
+        fid, fishers = saved["fid"], saved["fisher"]
+        seconds.update(saved["seconds"])
+        if penalty:
+            kept = saved["penalty"].items()
+            vars(penalty).update({key: v.to(device) if isinstance(v, Tensor) else v for key, v in kept})
+        tqdm.write(
+            f"going on after epoch {saved['epoch']} of task {saved['task'] + 1}/{cfg.tasks}, from {path}"
+        )
+    lap("fid")
+
+    with open(cfg.out / "log.jsonl", "a" if saved else "w", buffering=1) as log:
+        if saved:
+            log.truncate(min(saved["log"], log.tell()))
+        for k in range(saved["task"] if saved else 0, len(lessons)):
+            x, y = (v.to(device) for v in lessons[k][:2])  # of all images, only this task's are on the device
+            optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+            purposes = ("order", "replay", "noise", "dropout")
+            generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
+            prefix, epoch, pool, held = f"task {k + 1}/{cfg.tasks}", 0, None, None
+
             # Before the task: the model so far becomes the teacher, and paints the old classes.
-            prefix, teacher, pool = f"task {k + 1}/{cfg.tasks}", None, None
-            if k:
-                teacher = copy.deepcopy(model).eval().requires_grad_(False)
-                if penalty:
-                    penalty.start(flat(teacher.parameters()))
-            if k and method.replay:
-                with timed("sample"):
-                    generator, num_old = rng(cfg.seed, "pool", k, device), k * per_task
-                    pool = replay_pool(
-                        teacher, shape, num_old, cfg.replay_per_class, steps, generator, f"{prefix} replay"
-                    )
+            teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
 
-            with timed("train"):
-                taught, held = (teacher if method.distill else None), (penalty if k else None)
-                for images, elapsed in train_task(cfg, k, model, taught, held, x, y, pool, log):
-                    warm = warm or ((images, elapsed) if elapsed < 5 else (0, 0))  # first steps are slower
-                    if k == 0 and not announced and images > warm[0] and (elapsed > 5 or images >= 2000):
-                        announced = True
-                        announce((elapsed - warm[1]) / (images - warm[0]) / 3 * total_passes)
+            if saved:
+                epoch = saved["epoch"]
+                optimizer.load_state_dict(saved["optimizer"])
+                for purpose, g in generators.items():
+                    g.set_state(saved["generators"][purpose])
+                if teacher:
+                    teacher.load_state_dict(saved["teacher"])
+                saved = None
+            else:
+                checkpoint(log, k, 0, teacher, optimizer, generators)
+            if k and penalty:
+                held = penalty.start(flat(teacher.parameters()))
+            if k and method.replay:
+                generator, num_old = rng(cfg.seed, "pool", k, device), k * per_task
+                per_class, name = cfg.replay_per_class, f"{prefix} replay"
+                pool = replay_pool(teacher, shape, num_old, per_class, steps, generator, name)
+                lap("sample")
+
+            taught = teacher if method.distill else None
+            state = (model, optimizer, generators, taught, held, x, y, pool, log)
+            for done, elapsed in train_task(cfg, k, epoch, *state):
+                warm = warm or ((done, elapsed) if elapsed < 5 else (0, 0))  # the first steps are slower
+                if first and done > warm[0] and (elapsed > 5 or done * len(x) >= 2000):
+                    first = False
+                    announce((elapsed - warm[1]) / (done - warm[0]) / len(x) / 3 * total_passes)
+                if done == cfg.epochs or done % cfg.checkpoint_epochs == 0:
+                    lap("train")
+                    checkpoint(log, k, int(done), teacher, optimizer, generators)
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
-            if penalty and k + 1 < cfg.tasks:
-                with timed("fisher"):
-                    generator, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
-                    fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
-                    penalty.add(fisher, flat(model.parameters()))
-                    fishers.append(describe_fisher(fisher))
+            if penalty and k + 1 < len(lessons):
+                generator, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
+                fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
+                penalty.add(fisher, flat(model.parameters()))
+                fishers.append(describe_fisher(fisher))
+                lap("fisher")
 
-            labels = [task.test_y for task in tasks[: k + 1]]
-            with timed("sample"):
-                generator = rng(cfg.seed, "fid", k, device)
-                samples = sample_images(
-                    model, shape, torch.cat(labels), steps, generator, f"{prefix} FID samples"
-                )
-            with timed("fid"):
-                parts = samples.split([len(v) for v in labels])
-                row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
-                fid.append(row + [None] * (cfg.tasks - len(row)))
-            shown = torch.arange((k + 1) * per_task, device=device).repeat_interleave(10)
-            picture = to_uint8(ddim_sample(model, picture_noise[: len(shown)], shown, steps))
-            save_samples(picture, cfg.out / f"samples-task{k + 1}.png")
+            seen = cfg.tasks if method.joint else k + 1
+            labels = [task.test_y.to(device) for task in tasks[:seen]]
+            generator = rng(cfg.seed, "fid", k, device)
+            samples = sample_images(
+                model, shape, torch.cat(labels), steps, generator, f"{prefix} FID samples"
+            )
+            lap("sample")
+            parts = samples.split([len(v) for v in labels])
+            row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
+            fid.append(row + [None] * (cfg.tasks - seen))
+            lap("fid")
+            classes = torch.tensor(pictured[: seen * min(per_task, 2)], device=device).repeat_interleave(10)
+            picture = to_uint8(ddim_sample(model, picture_noise[: len(classes)], classes, steps))
+            save_samples(picture, cfg.out / f"samples-task{seen}.png")
             tqdm.write(
-                f"after task {k + 1}, FID (features: {cfg.fid_features}): "
+                f"after task {seen}, FID (features: {cfg.fid_features}): "
                 + "  ".join(f"{v:.1f}" for v in row)
             )
+            lap("sample")
 
     with whole(cfg.out / "model.pt") as temporary:
         torch.save(model.state_dict(), temporary)
@@ -884,9 +1134,11 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         "fid_features": cfg.fid_features,
         "fid_real": fid_real,
         "fisher": fishers,
-        "config": {key: v for key, v in vars(cfg).items() if key not in ("data_dir", "out", "plot_sweep")},
+        "config": settings_of(cfg),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "seconds": {key: round(seconds[key], 1) for key in ("train", "sample", "fisher", "fid")},
+        "seconds": {
+            key: round(seconds[key], 1) for key in ("train", "sample", "fisher", "fid", "checkpoint")
+        },
     }
     plot_fid(result, cfg.out / "fid.png")
     with whole(cfg.out / "result.json") as temporary:
@@ -900,20 +1152,21 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
 def table(result: dict) -> str:
     """The FID matrix, AFID and forgetting as lines of text."""
-    tasks = len(result["fid"])
+    tasks = len(result["fid_real"])
     rows = ["after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
-    for j, row in enumerate(result["fid"]):
-        cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, result["afid"][j]]]
-        rows.append(f"{j + 1:>10}  " + "".join(cells))
+    for row, afid in zip(result["fid"], result["afid"]):
+        cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, afid]]
+        rows.append(f"{tasks - row.count(None):>10}  " + "".join(cells))
     rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
     title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
-    final = f"AFID {result['afid'][-1]:.2f}   forgetting {result['forgetting']:.2f}   (lower is better)"
+    forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
+    final = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
     return "\n".join(["", title, *rows, "", final, ""])
 
 
 def save_samples(images: Tensor, path: Path) -> None:
-    """A picture of (10 * rows, C, H, W) uint8 images, ten in a row, each shown at 32 pixels or more."""
-    scale = max(1, 32 // images.shape[-1])
+    """A picture of (10 * rows, C, H, W) uint8 images, ten in a row, each enlarged to CELL with its margin."""
+    scale = (CELL - 2) // images.shape[-1]
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
     with whole(path) as temporary:
         torchvision.utils.save_image(images / 255, temporary, nrow=10, pad_value=0.5)
@@ -923,9 +1176,10 @@ def plot_fid(result: dict, path: Path) -> None:
     """Each task's FID from the task it was learned in to the last, and their mean, the AFID."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    after = range(1, len(result["fid"]) + 1)
-    for k in range(len(after)):
-        axes.plot(after[k:], [row[k] for row in result["fid"][k:]], "o-", alpha=0.7, label=f"task {k + 1}")
+    after = [len(row) - row.count(None) for row in result["fid"]]  # the tasks learned by then
+    for k in range(len(result["fid_real"])):
+        points = [(j, row[k]) for j, row in zip(after, result["fid"]) if row[k] is not None]
+        axes.plot(*zip(*points), "o-", alpha=0.7, label=f"task {k + 1}")
     axes.plot(after, result["afid"], "ks--", label="AFID")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="after task", ylabel=f"FID (features: {result['fid_features']})", ylim=(0, None))
@@ -968,6 +1222,154 @@ def plot_sweep(folder: Path, path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The report: Table 1, Figure 4 and Figure 5 of the paper from every finished run in a folder.
+
+PUBLISHED = {  # AFID / forgetting of the paper's Table 1, on Inception features; other cells are not known here
+    "mnist": {"joint": "2.6 / -", "diag-only": "62.2 / 51.1", "rank1-only": "65.2 / 58.3"}
+    | {"gd": "10.1 / 2.3", "diag": "14.3 / 5.2", "rank1": "7.6 / 0.6"},
+    "fashion": {"joint": "5.7 / -", "gd": "19.1 / 3.9", "diag": "27.7 / 9.1", "rank1": "15.4 / 0.9"},
+    "cifar10": {"joint": "23.3 / -", "gd": "61.2 / 16.6", "diag": "72.6 / 17.9", "rank1": "50.5 / 7.4"},
+    "imagenet32": {"joint": "11.7 / -", "diag-only": "86.1 / 34.2", "rank1-only": "74.3 / 41.3"}
+    | {"gd": "69.0 / 46.2", "diag": "73.8 / 25.8", "rank1": "48.5 / 15.2"},
+}
+
+
+def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over the first axis, the seeds; a single seed has no error: NaN."""
+    v = np.asarray(values, dtype=float)
+    error = v.std(0, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else np.full_like(v[0], np.nan)
+    return v.mean(0), error
+
+
+def gather(folder: Path) -> dict[str, dict[str, dict[int, tuple[dict, Path]]]]:
+    """dataset -> method -> seed -> (result, its folder), of every result.json below `folder`.
+
+    Stops where two results do not belong into one table: they differ in a setting that is neither the method
+    nor the seed (nor, between methods, lambda), or in nothing at all.
+    """
+    runs = {}
+    for path in sorted(folder.rglob("result.json")):
+        result = read_result(path)
+        config, method = result["config"], result["method"]
+        for other, seeds in runs.setdefault(result["dataset"], {}).items():
+            known, known_path = next(iter(seeds.values()))
+            free = {"seed"} if other == method else {"seed", "method", "lam"}
+            for key in sorted((config | known["config"]).keys() - free):
+                if config.get(key) != known["config"].get(key):
+                    stop(
+                        f"{path.parent} and {known_path} cannot stand in one table: --{key.replace('_', '-')}"
+                        f" {config.get(key)} and {known['config'].get(key)}; report their folders apart"
+                    )
+        seeds = runs[result["dataset"]].setdefault(method, {})
+        if result["seed"] in seeds:
+            stop(f"{path.parent} and {seeds[result['seed']][1]} are the same run twice: report one of them")
+        seeds[result["seed"]] = (result, path.parent)
+    if not runs:
+        stop(f"{folder} holds no finished run (result.json): train some first, as with `make digits`")
+    return {name: runs[name] for name in DATASETS if name in runs}
+
+
+def report(folder: Path) -> None:
+    """Print Table 1 of all runs in `folder`, and write table1.md, table1.csv, figure4.png, figure5-*.png."""
+    runs, rows, notes = gather(folder), [], []
+    for dataset, methods in runs.items():
+        config = next(iter(next(iter(methods.values())).values()))[0]["config"]
+        published = PUBLISHED.get(dataset, {})
+        for method in METHODS:
+            results = [result for result, _ in methods.get(method, {}).values()]
+            row = {"dataset": dataset, "method": method, "seeds": len(results)}
+            for name, values in {
+                "AFID": [result["afid"][-1] for result in results],
+                "forgetting": [
+                    result["forgetting"] for result in results if result["forgetting"] is not None
+                ],
+            }.items():
+                mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+                row |= {name: mean, f"{name} s.e.": error}
+            row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
+            rows.append(row | {"FID features": config["fid_features"]})
+        paper = DATASETS[dataset] if published else PAPER
+        changed = [
+            f"{k} {config[k]} (paper {v})" for k, v in paper.items() if config.get(k, v) != v and k != "lam"
+        ]
+        changed = f"not the paper's setting: {', '.join(changed)}" if changed else "the paper's setting"
+        notes.append(f"{dataset}: FID on features of {config['fid_features']}; {changed}.")
+
+    def cell(row: dict, name: str) -> str:  # a standard error stands behind its mean
+        if not isinstance(row[name], float):
+            return str(row[name])
+        if math.isnan(row[name]):
+            return "-" if row["seeds"] else "missing"
+        error = row[f"{name} s.e."]
+        return f"{row[name]:.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
+
+    columns = [name for name in rows[0] if not name.endswith("s.e.")]
+    cells = [columns, *([cell(row, name) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
+    about = "Mean ± standard error over the seeds; lower is better."
+    text = "\n".join([*lines, "", about, *(f"- {note}" for note in notes), ""])
+    print(text)
+    with whole(folder / "table1.md") as temporary:
+        temporary.write_text(text)
+    with whole(folder / "table1.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plot_afid(runs, folder / "figure4.png")
+    for dataset, methods in runs.items():
+        plot_samples(dataset, methods, folder / f"figure5-{dataset}.png")
+    print(f"In {folder}: table1.md, table1.csv, figure4.png, figure5-<dataset>.png")
+
+
+def plot_afid(runs: dict, path: Path) -> None:
+    """Figure 4: AFID after each task, a panel a dataset, a line a method, bands of one standard error."""
+    figure = Figure(figsize=(1 + 5 * len(runs), 4), layout="constrained")
+    for axes, (dataset, methods) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        for i, method in enumerate(m for m in METHODS if m in methods):
+            results = [result for result, _ in methods[method].values()]
+            mean, error = mean_and_error([result["afid"] for result in results])
+            after = np.arange(1, len(results[0]["fid_real"]) + 1)
+            if METHODS[method].joint:  # one number, of no task
+                mean, error = np.repeat(mean, len(after)), np.repeat(error, len(after))
+            style = {"color": f"C{i}", "ls": "--" if METHODS[method].joint else "-"}
+            axes.plot(after, mean, **style, label=f"{method} ({len(results)})")
+            axes.fill_between(after, mean - error, mean + error, color=f"C{i}", alpha=0.2, lw=0)
+        axes.set(xlabel="after task", ylabel=f"AFID (features: {results[0]['fid_features']})", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(title=f"{dataset} (seeds)", fontsize="small")
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_samples(dataset: str, methods: dict, path: Path) -> None:
+    """Figure 5: five samples of each of the first two classes, a row a method, a column a task.
+
+    Cut out of the runs' samples-task*.png, of one seed: every picture there starts from the same noise.
+    """
+    names = [method for method in METHODS if method in methods]
+    seed = min(min(seeds) for seeds in methods.values())
+    tasks = len(next(iter(methods[names[0]].values()))[0]["fid_real"])
+    shown = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
+    figure = Figure(figsize=(0.6 + 2.2 * len(shown), 0.4 + 0.95 * len(names)), layout="constrained")
+    for row, method in zip(figure.subplots(len(names), len(shown), squeeze=False), names):
+        row[0].set_ylabel(method)
+        for axes, k in zip(row, shown):
+            axes.set(xticks=[], yticks=[], title=f"after task {k}" if method == names[0] else "")
+            axes.spines[:].set_visible(False)
+            picture = methods[method][seed][1] / f"samples-task{k}.png" if seed in methods[method] else None
+            if picture and picture.exists():
+                pixels = torchvision.io.decode_image(str(picture)).permute(1, 2, 0)
+                axes.imshow(pixels[: 2 * CELL + 2, : 5 * CELL + 2])
+    figure.suptitle(f"{dataset}, seed {seed}")
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line.
 
 
@@ -985,10 +1387,10 @@ def number(kind: type, low: float, high: float = 1e12, above: bool = False) -> C
     return parse
 
 
-def channel_list(text: str) -> tuple[int, ...]:
-    """An argparse type: "128,256" -> (128, 256)."""
+def channel_list(text: str) -> list[int]:
+    """An argparse type: "128,256" -> [128, 256]."""
     try:
-        channels = tuple(int(c) for c in text.split(","))
+        channels = [int(c) for c in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list like 32,64") from None
     if min(channels) < 1:
@@ -1025,9 +1427,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--fid", choices=("inception", "classifier"), help="features that the FID is taken on")
     add("--data-dir", type=Path, default=Path("data"), help="where the datasets are, or are downloaded to")
-    add("--out", type=Path, help="folder for the results (default: runs/<dataset>-<method>-seed<seed>)")
+    add("--out", type=Path, help="folder for the results (default: runs/<dataset>/<method>-seed<seed>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps (untested)")
+    add("--checkpoint-epochs", type=positive, help="epochs between two checkpoints")
+    add("--fresh", action="store_true", help="start over, not go on: gives up the run that is in OUT")
     add("--plot-sweep", type=Path, metavar="RUNS", help="train nothing: plot the RUNS over lambda, to OUT")
+    add("--report", type=Path, metavar="RUNS", help="train nothing: Table 1, Figures 4 and 5 of all RUNS")
     cfg = parser.parse_args(argv)
     if cfg.limit and cfg.replay_per_class is None:
         cfg.replay_per_class = min(cfg.limit, DATASETS[cfg.dataset]["replay_per_class"])
@@ -1036,12 +1441,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(cfg, name, value)
     if METHODS[cfg.method].penalty is None:
         cfg.lam = 0.0
-    cfg.out = cfg.out or Path("runs") / f"{cfg.dataset}-{cfg.method}-seed{cfg.seed}"
-    multiple = math.lcm(cfg.norm_groups, HEAD_CHANNELS)
+    cfg.out = cfg.out or Path("runs") / cfg.dataset / f"{cfg.method}-seed{cfg.seed}"
+    multiple = math.lcm(max(1, cfg.channels[0] // 4), HEAD_CHANNELS)
     if any(c % multiple for c in cfg.channels):
-        stop(
-            f"--channels of {cfg.dataset} must be multiples of {multiple} (for its norm groups and attention)"
-        )
+        stop(f"--channels {cfg.channels} must be multiples of {multiple}, for the norm groups and attention")
     return cfg
 
 
@@ -1062,43 +1465,58 @@ def find_device(name: str) -> torch.device:
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    """Check everything that can be checked, then run."""
+    """Check everything that can be checked, then run, or go on with a run that was stopped."""
     cfg = parse_args(argv)
+    if cfg.report:
+        return report(cfg.report)
     if cfg.plot_sweep:
         return plot_sweep(cfg.plot_sweep, cfg.out)
     device = find_device(cfg.device)
-    cfg.device = str(device)
+    cfg.device = device.type
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-    data = Data(*(v.to(device) for v in LOADERS[cfg.dataset](cfg.data_dir)))
-    size, halvings = data.x.shape[-1], len(cfg.channels) - 1
-    if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
-        stop(
-            f"--channels: {halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
-        )
+    finished = cfg.out / "result.json"
     try:
         cfg.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()
+        if cfg.fresh:
+            finished.unlink(missing_ok=True)
+            (cfg.out / "checkpoint.pt").unlink(missing_ok=True)
     except OSError as error:
         stop(f"--out {cfg.out} cannot be written ({error.strerror}): name another folder")
+    if finished.exists():
+        result = read_result(finished)
+        refuse_other(result["config"], cfg, finished)
+        print(table(result))
+        print(f"{finished} is of a run that is finished (--fresh starts it over)")
+        return result
     try:
+        data = LOADERS[cfg.dataset](cfg.data_dir)
+        size, halvings = data.x.shape[-1], len(cfg.channels) - 1
+        if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
+            levels = f"{halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
+            stop(f"--channels: {levels}")
         if cfg.fid == "inception":
             features, cfg.fid_features = inception_features(device), "inception"
         else:
-            features, accuracy = classifier_features(cfg.dataset, data)
+            features, accuracy = classifier_features(cfg.dataset, data, device)
             cfg.fid_features = f"{cfg.dataset}-classifier"
             print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
         if cfg.limit:
             data = limit_classes(data, cfg.limit)
             cfg.fid_features += f", limit {cfg.limit}"
-        result = run(cfg, data, features)
+        result = run(cfg, data, features, device)
     except KeyboardInterrupt:
-        stop("interrupted: nothing is kept of this run but its log and pictures")
+        again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh"]
+        command = shlex.join(["python", sys.argv[0], *again])
+        print(f"\nrank1_ewc: interrupted; this goes on from the last checkpoint: {command}", file=sys.stderr)
+        raise SystemExit(130) from None
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
     print(table(result))
-    print(f"In {cfg.out}: result.json, fid.png, samples-task1..{cfg.tasks}.png, log.jsonl, model.pt")
+    pictures = "samples-task*.png, checkpoint.pt (which may now be removed)"
+    print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {pictures}")
     return result
 
 
