@@ -1,17 +1,19 @@
-# `make` lists the targets. A run whose result.json is there is not run again: remove its folder to repeat it.
-# EXTRA="--epochs 5" adds to any run. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores.
+# `make` lists the targets. METHODS="gd rank1" and SEEDS="0 1" narrow an experiment, EXTRA="--epochs 5" adds to its
+# runs, RUNS=folder puts them elsewhere, DATA=folder says where the datasets are. A run that was stopped goes on, a
+# finished one is not repeated. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores, where networks are small.
 
 PY := .venv/bin/python
 RUN = $(PY) rank1_ewc.py
+METHODS ?= joint finetune replay gd diag-only rank1-only diag rank1
 SEEDS ?= 0 1 2
-METHODS ?= gd diag rank1
+RUNS ?= runs
+DATA ?= data
+EXTRA ?=
 LAMS ?= 0 10 100 1000 3000 15000
 SWEPT ?= rank1
-EXTRA ?=
-DATA ?= data
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -29,27 +31,45 @@ lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/ruff check --line-length 110 .
 	.venv/bin/ruff format --check --line-length 110 .
 
-digits: $(foreach s,$(SEEDS),$(foreach m,$(METHODS),results/digits/$(m)-seed$(s)/result.json))
-digits:  ## METHODS x SEEDS on 8x8 digits, to results/digits
+# The paper's experiments: METHODS x SEEDS, a run and a folder each, then the report on them.
+runs_of = $(foreach s,$(SEEDS),$(foreach m,$(METHODS),$(RUNS)/$(1)/$(m)-seed$(s)))
+EVERY_RUN := $(foreach d,digits mnist fashion cifar10 imagenet32,$(call runs_of,$(d)))
 
-results/digits/%/result.json: | .venv/installed
-	$(RUN) --method $(word 1,$(subst -seed, ,$*)) --seed $(word 2,$(subst -seed, ,$*)) --out $(@D) $(EXTRA)
+digits: $(call runs_of,digits)  ## Table 1 on 8x8 digits, small: two hours on two CPU cores
+mnist: $(call runs_of,mnist)  ## Table 1 on MNIST, as in the paper: a GPU
+fashion: $(call runs_of,fashion)  ## Table 1 on FashionMNIST, as in the paper: a GPU
+cifar10: $(call runs_of,cifar10)  ## Table 1 on CIFAR-10, as in the paper: a GPU
+imagenet: $(call runs_of,imagenet32)  ## Table 1 on ImageNet at 32x32, as in the paper: a GPU
+digits mnist fashion cifar10 imagenet:
+	$(RUN) --report $(RUNS)/$(subst imagenet,imagenet32,$@)
 
-sweep: $(foreach m,$(SWEPT),$(foreach l,$(LAMS),runs/sweep/$(m)-$(l)/result.json))
-sweep:  ## lambda from 0 up on digits, on a seed that is not reported, to results/sweep-digits
-	$(RUN) --plot-sweep runs/sweep --out results/sweep-digits
+$(EVERY_RUN): | .venv/installed
+	$(RUN) --dataset $(notdir $(@D)) --method $(subst -seed, --seed ,$(@F)) --data-dir $(DATA) --out $@ $(EXTRA)
 
-runs/sweep/%/result.json: | .venv/installed
-	$(RUN) --method $(word 1,$(subst -, ,$*)) --lam $(word 2,$(subst -, ,$*)) --seed 100 --out $(@D) $(EXTRA)
+table1: report  ## Table 1 of all runs in RUNS, as table1.md and table1.csv
+fig4: report  ## Figure 4 of all runs in RUNS, as figure4.png
+fig5: report  ## Figure 5 of all runs in RUNS, as figure5-<dataset>.png
+report: .venv/installed
+	$(RUN) --report $(RUNS)
 
-converged: results/converged/result.json
-converged:  ## twice the epochs for GD on the sweep's seed: is that baseline trained long enough?
+FEW := --channels 16,32,32,32 --layers-per-block 1 --epochs 1 --batch-size 16 --lr 2e-3 --lr-decay linear --dropout 0 \
+  --lam 10 --replay-per-class 200 --sample-steps 10 --fisher-samples 4000 --fid classifier
+fashion-small:  ## FashionMNIST (DATA=its folder) with a small network, one epoch: hours on two CPU cores
+	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 EXTRA="$(FEW) $(EXTRA)"
 
-results/converged/result.json: | .venv/installed
-	$(RUN) --method gd --seed 100 --epochs 540 --out $(@D) $(EXTRA)
+# What the paper leaves open.
+SWEEP := $(foreach m,$(SWEPT),$(foreach l,$(LAMS),sweep/$(m)/$(l)))
+sweep: $(SWEEP)  ## lambda from 0 up on digits, on a seed that is not reported, to results/sweep-digits
+	$(RUN) --plot-sweep sweep --out results/sweep-digits
 
-fashion-quick: .venv/installed  ## a quick look at the real FashionMNIST (DATA=its folder): one to two hours
-	$(RUN) --dataset fashion --method rank1 --data-dir $(DATA) --channels 32,64 --epochs 1 --limit 200 \
-	  --fid classifier --out results/fashion-quick $(EXTRA)
+$(SWEEP): | .venv/installed
+	$(RUN) --method $(notdir $(@D)) --lam $(@F) --seed 100 --out $@ $(EXTRA)
 
-.PHONY: help demo test lint digits sweep converged fashion-quick
+converged: .venv/installed  ## twice the epochs for GD on the sweep's seed: is that baseline trained long enough?
+	$(RUN) --method gd --seed 100 --epochs 540 --out results/converged $(EXTRA)
+
+needs: .venv/installed  ## hours and disk of every run on this machine, computed from its speed
+	$(RUN) --needs results/needs.json
+
+.PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small sweep
+.PHONY: converged needs $(EVERY_RUN) $(SWEEP)

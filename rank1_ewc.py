@@ -100,19 +100,24 @@ DATASETS = {
     "cifar10": PAPER,
     "imagenet32": PAPER | LARGE,
 }
+SIZES = {  # channels, pixels a side, classes, training and test images
+    "digits": (1, 8, 10, 997, 800),
+    "mnist": (1, 32, 10, 60000, 10000),
+    "fashion": (1, 32, 10, 60000, 10000),
+    "cifar10": (3, 32, 10, 50000, 10000),
+    "imagenet32": (3, 32, 1000, 1281167, 50000),
+}
 NUM_STEPS = 1000  # diffusion timesteps
 HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
 LOG_EVERY = 10  # training steps
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-PLACES = (
-    "data_dir",
-    "out",
-    "checkpoint_epochs",
-    "fresh",
-    "plot_sweep",
-    "report",
-)  # settings that change no number
+MODES = ("report", "plot_sweep", "needs")  # settings that train nothing
+PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", *MODES)  # settings that change no number
+DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
+    *(pickle.UnpicklingError, BadZipFile, zlib.error),
+)
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
 
 
@@ -294,7 +299,7 @@ def load_imagenet32(data_dir: Path) -> Data:
         try:
             with np.load(folder / name, allow_pickle=False) as file:
                 return torch.from_numpy(file[key].astype(dtype, casting="same_kind", copy=False))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             stop(f"{folder / name} is damaged ({error}): put a whole one in its place")
 
     def sorted_by_class(names: list[str]) -> tuple[Tensor, Tensor]:
@@ -809,7 +814,7 @@ def classifier_features(name: str, data: Data, device) -> tuple[Callable[[Tensor
     if path.exists():
         try:
             model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except DAMAGED as error:
             stop(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again")
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -929,6 +934,39 @@ def announce(seconds: float) -> None:
     tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.{hint}")
 
 
+def needs(path: Path, device: torch.device) -> None:
+    """What a run of each dataset and method would take here, from a few training steps without its data.
+
+    Hours are computed, not measured: passes of the network through one image, over those that it makes a
+    second. gb_checkpoint: model, two moments, teacher, a mu for each task but the last.
+    """
+    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()}
+    found |= {"threads": torch.get_num_threads()}
+    for dataset, (channels, size, classes, *counts) in SIZES.items():
+        cfg = parse_args(["--dataset", dataset])
+        model = UNet(channels, classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
+        x = torch.zeros(8 if device.type == "cpu" else cfg.batch_size, channels, size, size, device=device)
+        y = torch.zeros(len(x), dtype=torch.long, device=device)
+        for _ in range(3):  # the first is slower
+            started = time.perf_counter()
+            model(x, y, y).sum().backward()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            passes_per_second = 3 * len(x) / (time.perf_counter() - started)
+        y, test_y = (torch.arange(n) * classes // n for n in counts)
+        tasks = split_tasks(Data(y, y, test_y, test_y), cfg.tasks)
+        hours = {m: passes_of_a_run(cfg, row, tasks) / passes_per_second / 3600 for m, row in METHODS.items()}
+        weights = sum(p.numel() for p in model.parameters())
+        found[dataset] = {
+            "passes_per_second": round(passes_per_second, 1),
+            "hours": {m: round(h, 2 if h < 10 else None) for m, h in hours.items()},
+            "gb_checkpoint": {"gd": weights * 16 / 1e9, "rank1": weights * 4 * (3 + cfg.tasks) / 1e9},
+        }
+        print(dataset, found[dataset], flush=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
     """What to watch: the diagonal's trace or, for rank 1, c*, ||mu|| and F's energy along mu, c* ||mu||^2."""
     if isinstance(fisher, Tensor):
@@ -942,7 +980,7 @@ def read_result(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
         result["config"]["fid_features"], table(result)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except DAMAGED as error:
         stop(
             f"{path} is not a whole result ({type(error).__name__}): remove it or give --fresh, to start over"
         )
@@ -959,8 +997,8 @@ def refuse_other(saved: dict, cfg: argparse.Namespace, path: Path) -> None:
     for key, value in settings_of(cfg).items():
         if saved.get(key) != value:
             stop(
-                f"{path} was made with --{key.replace('_', '-')} {saved.get(key)}, not {value}: choose another"
-                " folder with --out, or give up what is in this one with --fresh"
+                f"{path} was made with --{key.replace('_', '-')} {saved.get(key)}, not {value}: --fresh gives"
+                " up what is in this folder and starts over, --out names another"
             )
 
 
@@ -971,15 +1009,7 @@ def load_checkpoint(path: Path, cfg: argparse.Namespace) -> dict | None:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         refuse_other(saved["settings"], cfg, path)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGED as error:
         stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
     return saved
 
@@ -995,10 +1025,6 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     shape, steps, num_classes = data.x.shape[1:], cfg.sample_steps, int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
     fid, fishers, seconds, clock = [], [], Counter(), time.perf_counter()
-    path = cfg.out / "checkpoint.pt"
-    saved = load_checkpoint(path, cfg)
-    for unfinished in cfg.out.glob(".tmp-*"):  # what this run was writing when it was killed
-        unfinished.unlink()
 
     def lap(name: str) -> None:  # the time since the last lap was spent on `name`
         nonlocal clock
@@ -1008,7 +1034,24 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         seconds[name] += now - clock
         clock = now
 
-    def checkpoint(log, task: int, epoch: int, teacher, optimizer, generators) -> None:
+    torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
+    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
+    penalty = method.penalty(cfg.lam) if method.penalty else None
+    path = cfg.out / "checkpoint.pt"
+    saved = load_checkpoint(path, cfg)
+    if saved:
+        tqdm.write(
+            f"going on in task {saved['task'] + 1}/{cfg.tasks} after epoch {saved['epoch']}, from {path}"
+        )
+        model.load_state_dict(saved["model"])
+        for name, value in saved["penalty"].items():
+            setattr(penalty, name, value.to(device) if isinstance(value, Tensor) else value)
+        fid, fishers = saved["fid"], saved["fisher"]
+        seconds.update(saved["seconds"])
+    for unfinished in cfg.out.glob(".tmp-*"):  # what this run was writing when it was killed
+        unfinished.unlink()
+
+    def checkpoint(task: int, epoch: int, teacher, optimizer, generators, log) -> None:
         state = {
             "settings": settings_of(cfg),
             "task": task,
@@ -1027,72 +1070,56 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             torch.save(state, temporary)
         lap("checkpoint")
 
-    torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
-    model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
-    penalty = method.penalty(cfg.lam) if method.penalty else None
-    first, warm, total_passes = not saved, None, passes_of_a_run(cfg, method, tasks)
+    shown = [
+        t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))
+    ]  # two classes a task
     generator = rng(cfg.seed, "picture", 0, device)
-    pictured = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]  # two a task
-    picture_noise = torch.randn(len(pictured) * 10, *shape, generator=generator, device=device)
+    picture_noise = torch.randn(len(shown) * 10, *shape, generator=generator, device=device)
     real = [features(task.test_x) for task in tasks]
     # What a perfect model would score: as many training images, at random, in the place of samples.
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
     others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
     fid_real = [frechet_distance(a, features(x)) for a, x in zip(real, others)]
-
-    if saved:
-        model.load_state_dict(saved["model"])
-        fid, fishers = saved["fid"], saved["fisher"]
-        seconds.update(saved["seconds"])
-        if penalty:
-            kept = saved["penalty"].items()
-            vars(penalty).update({key: v.to(device) if isinstance(v, Tensor) else v for key, v in kept})
-        tqdm.write(
-            f"going on after epoch {saved['epoch']} of task {saved['task'] + 1}/{cfg.tasks}, from {path}"
-        )
+    announced, warm, total_passes = bool(saved), None, passes_of_a_run(cfg, method, tasks)
     lap("fid")
 
     with open(cfg.out / "log.jsonl", "a" if saved else "w", buffering=1) as log:
         if saved:
             log.truncate(min(saved["log"], log.tell()))
         for k in range(saved["task"] if saved else 0, len(lessons)):
-            x, y = (v.to(device) for v in lessons[k][:2])  # of all images, only this task's are on the device
+            # Before the task: the model so far becomes the teacher, and paints the old classes.
+            x, y = (v.to(device) for v in lessons[k][:2])  # no other task's images are on the device
+            teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
             purposes = ("order", "replay", "noise", "dropout")
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
-            prefix, epoch, pool, held = f"task {k + 1}/{cfg.tasks}", 0, None, None
-
-            # Before the task: the model so far becomes the teacher, and paints the old classes.
-            teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
-
             if saved:
-                epoch = saved["epoch"]
-                optimizer.load_state_dict(saved["optimizer"])
+                epoch, saved_task, saved = saved["epoch"], saved, None
+                optimizer.load_state_dict(saved_task["optimizer"])
                 for purpose, g in generators.items():
-                    g.set_state(saved["generators"][purpose])
+                    g.set_state(saved_task["generators"][purpose])
                 if teacher:
-                    teacher.load_state_dict(saved["teacher"])
-                saved = None
+                    teacher.load_state_dict(saved_task["teacher"])
             else:
-                checkpoint(log, k, 0, teacher, optimizer, generators)
-            if k and penalty:
-                held = penalty.start(flat(teacher.parameters()))
+                epoch = 0
+                checkpoint(k, epoch, teacher, optimizer, generators, log)
+            held = penalty.start(flat(teacher.parameters())) if k and penalty else None
+            pool = None
             if k and method.replay:
-                generator, num_old = rng(cfg.seed, "pool", k, device), k * per_task
-                per_class, name = cfg.replay_per_class, f"{prefix} replay"
-                pool = replay_pool(teacher, shape, num_old, per_class, steps, generator, name)
+                generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
+                pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
                 lap("sample")
 
             taught = teacher if method.distill else None
-            state = (model, optimizer, generators, taught, held, x, y, pool, log)
-            for done, elapsed in train_task(cfg, k, epoch, *state):
+            parts = (model, optimizer, generators, taught, held, x, y, pool, log)
+            for done, elapsed in train_task(cfg, k, epoch, *parts):
                 warm = warm or ((done, elapsed) if elapsed < 5 else (0, 0))  # the first steps are slower
-                if first and done > warm[0] and (elapsed > 5 or done * len(x) >= 2000):
-                    first = False
+                if not announced and done > warm[0] and (elapsed > 5 or done * len(x) >= 2000):
+                    announced = True
                     announce((elapsed - warm[1]) / (done - warm[0]) / len(x) / 3 * total_passes)
                 if done == cfg.epochs or done % cfg.checkpoint_epochs == 0:
                     lap("train")
-                    checkpoint(log, k, int(done), teacher, optimizer, generators)
+                    checkpoint(k, int(done), teacher, optimizer, generators, log)
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
@@ -1101,26 +1128,20 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(fisher))
                 lap("fisher")
-
             seen = cfg.tasks if method.joint else k + 1
             labels = [task.test_y.to(device) for task in tasks[:seen]]
-            generator = rng(cfg.seed, "fid", k, device)
-            samples = sample_images(
-                model, shape, torch.cat(labels), steps, generator, f"{prefix} FID samples"
-            )
+            generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
+            samples = sample_images(model, shape, torch.cat(labels), steps, generator, name)
+            classes = torch.tensor(shown[: seen * min(per_task, 2)], device=device).repeat_interleave(10)
+            picture = ddim_sample(model, picture_noise[: len(classes)], classes, steps)
+            save_samples(to_uint8(picture), cfg.out / f"samples-task{seen}.png")
             lap("sample")
-            parts = samples.split([len(v) for v in labels])
-            row = [frechet_distance(a, features(part)) for a, part in zip(real, parts)]
+            painted = samples.split([len(v) for v in labels])
+            row = [frechet_distance(a, features(x)) for a, x in zip(real, painted)]
             fid.append(row + [None] * (cfg.tasks - seen))
+            numbers = "  ".join(f"{v:.1f}" for v in row)
+            tqdm.write(f"after task {seen}, FID (features: {cfg.fid_features}): {numbers}")
             lap("fid")
-            classes = torch.tensor(pictured[: seen * min(per_task, 2)], device=device).repeat_interleave(10)
-            picture = to_uint8(ddim_sample(model, picture_noise[: len(classes)], classes, steps))
-            save_samples(picture, cfg.out / f"samples-task{seen}.png")
-            tqdm.write(
-                f"after task {seen}, FID (features: {cfg.fid_features}): "
-                + "  ".join(f"{v:.1f}" for v in row)
-            )
-            lap("sample")
 
     with whole(cfg.out / "model.pt") as temporary:
         torch.save(model.state_dict(), temporary)
@@ -1136,9 +1157,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         "fisher": fishers,
         "config": settings_of(cfg),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "seconds": {
-            key: round(seconds[key], 1) for key in ("train", "sample", "fisher", "fid", "checkpoint")
-        },
+        "seconds": {key: round(value, 1) for key, value in seconds.items()},
     }
     plot_fid(result, cfg.out / "fid.png")
     with whole(cfg.out / "result.json") as temporary:
@@ -1191,9 +1210,9 @@ def plot_fid(result: dict, path: Path) -> None:
 
 def plot_sweep(folder: Path, path: Path) -> None:
     """AFID and forgetting over lambda of every folder/*/result.json, to path.png and, in full, path.json."""
-    files = sorted(folder.glob("*/result.json"))
+    files = sorted(folder.rglob("result.json"))
     if not files:
-        stop(f"no folder in {folder} has a result.json: train some first (make sweep)")
+        stop(f"{folder} holds no finished run (result.json): train some first, as with `make sweep`")
     results = sorted((json.loads(file.read_text()) for file in files), key=lambda r: (r["method"], r["lam"]))
     panels = {
         "AFID after the last task": lambda r: r["afid"][-1],
@@ -1224,7 +1243,7 @@ def plot_sweep(folder: Path, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # The report: Table 1, Figure 4 and Figure 5 of the paper from every finished run in a folder.
 
-PUBLISHED = {  # AFID / forgetting of the paper's Table 1, on Inception features; other cells are not known here
+PUBLISHED = {  # AFID / forgetting in the paper's Table 1, on Inception features; what is not here is not known
     "mnist": {"joint": "2.6 / -", "diag-only": "62.2 / 51.1", "rank1-only": "65.2 / 58.3"}
     | {"gd": "10.1 / 2.3", "diag": "14.3 / 5.2", "rank1": "7.6 / 0.6"},
     "fashion": {"joint": "5.7 / -", "gd": "19.1 / 3.9", "diag": "27.7 / 9.1", "rank1": "15.4 / 0.9"},
@@ -1254,11 +1273,11 @@ def gather(folder: Path) -> dict[str, dict[str, dict[int, tuple[dict, Path]]]]:
         for other, seeds in runs.setdefault(result["dataset"], {}).items():
             known, known_path = next(iter(seeds.values()))
             free = {"seed"} if other == method else {"seed", "method", "lam"}
-            for key in sorted((config | known["config"]).keys() - free):
-                if config.get(key) != known["config"].get(key):
+            for key in sorted((config.keys() & known["config"].keys()) - free):
+                if config[key] != known["config"][key]:
                     stop(
                         f"{path.parent} and {known_path} cannot stand in one table: --{key.replace('_', '-')}"
-                        f" {config.get(key)} and {known['config'].get(key)}; report their folders apart"
+                        f" {config[key]} and {known['config'][key]}; report their folders apart"
                     )
         seeds = runs[result["dataset"]].setdefault(method, {})
         if result["seed"] in seeds:
@@ -1433,6 +1452,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="start over, not go on: gives up the run that is in OUT")
     add("--plot-sweep", type=Path, metavar="RUNS", help="train nothing: plot the RUNS over lambda, to OUT")
     add("--report", type=Path, metavar="RUNS", help="train nothing: Table 1, Figures 4 and 5 of all RUNS")
+    add("--needs", type=Path, metavar="FILE", help="train nothing: the hours and disk of every run, as JSON")
     cfg = parser.parse_args(argv)
     if cfg.limit and cfg.replay_per_class is None:
         cfg.replay_per_class = min(cfg.limit, DATASETS[cfg.dataset]["replay_per_class"])
@@ -1473,6 +1493,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         return plot_sweep(cfg.plot_sweep, cfg.out)
     device = find_device(cfg.device)
     cfg.device = device.type
+    if cfg.needs:
+        return needs(cfg.needs, device)
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
     finished = cfg.out / "result.json"
     try:
