@@ -112,8 +112,15 @@ HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
 LOG_EVERY = 10  # training steps
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-MODES = ("report", "plot_sweep", "needs")  # settings that train nothing
-PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", *MODES)  # settings that change no number
+PLACES = {
+    "data_dir",
+    "out",
+    "checkpoint_epochs",
+    "fresh",
+    "report",
+    "plot_sweep",
+    "needs",
+}  # change no number
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(pickle.UnpicklingError, BadZipFile, zlib.error),
@@ -1191,6 +1198,12 @@ def save_samples(images: Tensor, path: Path) -> None:
         torchvision.utils.save_image(images / 255, temporary, nrow=10, pad_value=0.5)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """A PNG, whole or not at all."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def plot_fid(result: dict, path: Path) -> None:
     """Each task's FID from the task it was learned in to the last, and their mean, the AFID."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -1204,12 +1217,11 @@ def plot_fid(result: dict, path: Path) -> None:
     axes.set(xlabel="after task", ylabel=f"FID (features: {result['fid_features']})", ylim=(0, None))
     axes.set_title(f"{result['dataset']}, {result['method']}, seed {result['seed']}")
     figure.legend(loc="outside right center")
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda of every folder/*/result.json, to path.png and, in full, path.json."""
+    """AFID and forgetting over lambda of every result.json below `folder`, to path.png and path.json."""
     files = sorted(folder.rglob("result.json"))
     if not files:
         stop(f"{folder} holds no finished run (result.json): train some first, as with `make sweep`")
@@ -1233,8 +1245,7 @@ def plot_sweep(folder: Path, path: Path) -> None:
     title = {f"{r['dataset']}, seed {r['seed']}, FID (features: {r['fid_features']})" for r in results}
     figure.suptitle("; ".join(sorted(title)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(Path(f"{path}.png")) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, Path(f"{path}.png"))
     with whole(Path(f"{path}.json")) as temporary:
         temporary.write_text(json.dumps(results) + "\n")
     print(f"wrote {path}.png and {path}.json")
@@ -1243,7 +1254,7 @@ def plot_sweep(folder: Path, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # The report: Table 1, Figure 4 and Figure 5 of the paper from every finished run in a folder.
 
-PUBLISHED = {  # AFID / forgetting in the paper's Table 1, on Inception features; what is not here is not known
+PUBLISHED = {  # AFID / forgetting in the paper's Table 1, on Inception features; others are not known
     "mnist": {"joint": "2.6 / -", "diag-only": "62.2 / 51.1", "rank1-only": "65.2 / 58.3"}
     | {"gd": "10.1 / 2.3", "diag": "14.3 / 5.2", "rank1": "7.6 / 0.6"},
     "fashion": {"joint": "5.7 / -", "gd": "19.1 / 3.9", "diag": "27.7 / 9.1", "rank1": "15.4 / 0.9"},
@@ -1260,29 +1271,26 @@ def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
     return v.mean(0), error
 
 
-def gather(folder: Path) -> dict[str, dict[str, dict[int, tuple[dict, Path]]]]:
-    """dataset -> method -> seed -> (result, its folder), of every result.json below `folder`.
+def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
+    """dataset -> method -> results, one a seed, of every result.json below `folder`; each with its "folder".
 
-    Stops where two results do not belong into one table: they differ in a setting that is neither the method
-    nor the seed (nor, between methods, lambda), or in nothing at all.
+    Stops where two do not belong into one table: they differ in a setting that is neither the method nor the
+    seed (nor, between methods, lambda), or they differ in nothing.
     """
     runs = {}
     for path in sorted(folder.rglob("result.json")):
-        result = read_result(path)
-        config, method = result["config"], result["method"]
-        for other, seeds in runs.setdefault(result["dataset"], {}).items():
-            known, known_path = next(iter(seeds.values()))
-            free = {"seed"} if other == method else {"seed", "method", "lam"}
-            for key in sorted((config.keys() & known["config"].keys()) - free):
-                if config[key] != known["config"][key]:
-                    stop(
-                        f"{path.parent} and {known_path} cannot stand in one table: --{key.replace('_', '-')}"
-                        f" {config[key]} and {known['config'][key]}; report their folders apart"
-                    )
-        seeds = runs[result["dataset"]].setdefault(method, {})
-        if result["seed"] in seeds:
-            stop(f"{path.parent} and {seeds[result['seed']][1]} are the same run twice: report one of them")
-        seeds[result["seed"]] = (result, path.parent)
+        result = read_result(path) | {"folder": path.parent}
+        methods = runs.setdefault(result["dataset"], {})
+        for other in (v for results in methods.values() for v in results):
+            pair, a, b = f"{other['folder']} and {path.parent}", other["config"], result["config"]
+            if (a["method"], a["seed"]) == (b["method"], b["seed"]):
+                stop(f"{pair} are the same method and seed: report only one of them")
+            free = {"seed"} if a["method"] == b["method"] else {"seed", "method", "lam"}
+            for key in sorted((a.keys() & b.keys()) - free):
+                if a[key] != b[key]:
+                    flag = f"--{key.replace('_', '-')} {a[key]} and {b[key]}"
+                    stop(f"{pair} do not belong into one table ({flag}): report their folders apart")
+        methods.setdefault(result["method"], []).append(result)
     if not runs:
         stop(f"{folder} holds no finished run (result.json): train some first, as with `make digits`")
     return {name: runs[name] for name in DATASETS if name in runs}
@@ -1292,27 +1300,23 @@ def report(folder: Path) -> None:
     """Print Table 1 of all runs in `folder`, and write table1.md, table1.csv, figure4.png, figure5-*.png."""
     runs, rows, notes = gather(folder), [], []
     for dataset, methods in runs.items():
-        config = next(iter(next(iter(methods.values())).values()))[0]["config"]
+        config = next(iter(methods.values()))[0]["config"]
         published = PUBLISHED.get(dataset, {})
         for method in METHODS:
-            results = [result for result, _ in methods.get(method, {}).values()]
-            row = {"dataset": dataset, "method": method, "seeds": len(results)}
-            for name, values in {
+            results = methods.get(method, [])
+            columns = {
                 "AFID": [result["afid"][-1] for result in results],
-                "forgetting": [
-                    result["forgetting"] for result in results if result["forgetting"] is not None
-                ],
-            }.items():
-                mean, error = mean_and_error(values) if values else (math.nan, math.nan)
-                row |= {name: mean, f"{name} s.e.": error}
+                "forgetting": [v for v in (result["forgetting"] for result in results) if v is not None],
+            }
+            row = {"dataset": dataset, "method": method, "seeds": len(results)}
+            for name, values in columns.items():
+                row[name], row[f"{name} s.e."] = mean_and_error(values) if values else (math.nan, math.nan)
             row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
             rows.append(row | {"FID features": config["fid_features"]})
-        paper = DATASETS[dataset] if published else PAPER
-        changed = [
-            f"{k} {config[k]} (paper {v})" for k, v in paper.items() if config.get(k, v) != v and k != "lam"
-        ]
-        changed = f"not the paper's setting: {', '.join(changed)}" if changed else "the paper's setting"
-        notes.append(f"{dataset}: FID on features of {config['fid_features']}; {changed}.")
+        paper = (DATASETS[dataset] if published else PAPER).items()
+        other = [f"{k} {config[k]} (paper {v})" for k, v in paper if k != "lam" and config.get(k, v) != v]
+        other = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
+        notes.append(f"{dataset}: FID on features of {config['fid_features']}; {other}.")
 
     def cell(row: dict, name: str) -> str:  # a standard error stands behind its mean
         if not isinstance(row[name], float):
@@ -1347,7 +1351,7 @@ def plot_afid(runs: dict, path: Path) -> None:
     figure = Figure(figsize=(1 + 5 * len(runs), 4), layout="constrained")
     for axes, (dataset, methods) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
         for i, method in enumerate(m for m in METHODS if m in methods):
-            results = [result for result, _ in methods[method].values()]
+            results = methods[method]
             mean, error = mean_and_error([result["afid"] for result in results])
             after = np.arange(1, len(results[0]["fid_real"]) + 1)
             if METHODS[method].joint:  # one number, of no task
@@ -1360,8 +1364,7 @@ def plot_afid(runs: dict, path: Path) -> None:
         axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend(title=f"{dataset} (seeds)", fontsize="small")
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_samples(dataset: str, methods: dict, path: Path) -> None:
@@ -1370,8 +1373,8 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
     Cut out of the runs' samples-task*.png, of one seed: every picture there starts from the same noise.
     """
     names = [method for method in METHODS if method in methods]
-    seed = min(min(seeds) for seeds in methods.values())
-    tasks = len(next(iter(methods[names[0]].values()))[0]["fid_real"])
+    seed = min(result["seed"] for results in methods.values() for result in results)
+    tasks = len(methods[names[0]][0]["fid_real"])
     shown = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
     figure = Figure(figsize=(0.6 + 2.2 * len(shown), 0.4 + 0.95 * len(names)), layout="constrained")
     for row, method in zip(figure.subplots(len(names), len(shown), squeeze=False), names):
@@ -1379,13 +1382,13 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
         for axes, k in zip(row, shown):
             axes.set(xticks=[], yticks=[], title=f"after task {k}" if method == names[0] else "")
             axes.spines[:].set_visible(False)
-            picture = methods[method][seed][1] / f"samples-task{k}.png" if seed in methods[method] else None
-            if picture and picture.exists():
-                pixels = torchvision.io.decode_image(str(picture)).permute(1, 2, 0)
-                axes.imshow(pixels[: 2 * CELL + 2, : 5 * CELL + 2])
+            for result in methods[method]:
+                picture = result["folder"] / f"samples-task{k}.png"
+                if result["seed"] == seed and picture.exists():
+                    pixels = torchvision.io.decode_image(str(picture)).permute(1, 2, 0)
+                    axes.imshow(pixels[: 2 * CELL + 2, : 5 * CELL + 2])
     figure.suptitle(f"{dataset}, seed {seed}")
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -978,7 +978,7 @@ def test_the_report_says_by_which_settings_a_run_is_not_the_papers(tmp_path, cap
     [
         ({"method": "rank1", "seed": 0, "epochs": 2}, "--epochs 1 2"),
         ({"method": "gd", "seed": 1, "lam": 9.0}, "--lam 0.0 9.0"),
-        ({"method": "gd", "seed": 0}, "twice"),
+        ({"method": "gd", "seed": 0}, "same seed"),
     ],
 )
 def test_runs_that_do_not_belong_into_one_table_are_refused(tmp_path, capsys, other, words):
