@@ -107,6 +107,7 @@ SIZES = {  # channels, pixels a side, classes, training and test images
     "cifar10": (3, 32, 10, 50000, 10000),
     "imagenet32": (3, 32, 1000, 1281167, 50000),
 }
+UNFINISHED = ".rank1_ewc-"  # how a file's name begins while it is written
 NUM_STEPS = 1000  # diffusion timesteps
 HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
@@ -123,7 +124,7 @@ PLACES = {
 }  # change no number
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
-    *(pickle.UnpicklingError, BadZipFile, zlib.error),
+    *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
 )
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
 
@@ -143,7 +144,7 @@ def rng(seed: int, purpose: str, task: int, device: torch.device) -> torch.Gener
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Write to a temporary neighbour that then takes the name: the file is there whole or not at all."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -152,7 +153,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Data. Everything is held as uint8 on the device and turned to [-1, 1] a batch at a time.
+# Data. Held as uint8, class after class; a task's training images lie on the device while it is learned, and
+# are turned to [-1, 1] a batch at a time.
 
 
 class Data(NamedTuple):
@@ -174,10 +176,14 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def sort_classes(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Data:
+def pick(data: Data, train, test) -> Data:
+    """Those images and labels that `train` and `test`, indices or slices or masks, say."""
+    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
+
+
+def sort_classes(data: Data) -> Data:
     """Class after class, in the order in which each class's images were."""
-    train, test = y.argsort(stable=True), test_y.argsort(stable=True)
-    return Data(x[train], y[train], test_x[test], test_y[test])
+    return pick(data, data.y.argsort(stable=True), data.test_y.argsort(stable=True))
 
 
 def load_digits(_: Path) -> Data:
@@ -191,7 +197,7 @@ def load_digits(_: Path) -> Data:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     of_class = [order[y[order] == c] for c in range(10)]
     test, train = (torch.cat([i[part] for i in of_class]) for part in (slice(80), slice(80, None)))
-    return Data(x[train], y[train], x[test], y[test])
+    return pick(Data(x, y, x, y), train, test)
 
 
 IDX_FILES = {  # name: bytes, of MNIST and FashionMNIST alike
@@ -222,7 +228,7 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
             )
         stop(f"the files in {raw} are damaged ({error}): remove them, to download them again")
     x, test_x = (F.pad(split.data, (2, 2, 2, 2))[:, None] for split in (train, test))
-    return sort_classes(x, train.targets, test_x, test.targets)
+    return sort_classes(Data(x, train.targets, test_x, test.targets))
 
 
 def load_cifar10(data_dir: Path) -> Data:
@@ -235,7 +241,7 @@ def load_cifar10(data_dir: Path) -> Data:
             f" into {data_dir}, or name another folder with --data-dir"
         )
     x, test_x = (torch.from_numpy(split.data).permute(0, 3, 1, 2) for split in (train, test))
-    return sort_classes(x, torch.tensor(train.targets), test_x, torch.tensor(test.targets))
+    return sort_classes(Data(x, torch.tensor(train.targets), test_x, torch.tensor(test.targets)))
 
 
 IMAGENET_FILES = [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]
@@ -246,13 +252,13 @@ def shrink(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             small = image.convert("RGB").resize((32, 32), Image.Resampling.BOX)
-    except OSError as error:
+    except DAMAGED as error:
         raise OSError(f"{path} is damaged ({error}): put a whole one in its place") from None
     return np.asarray(small).transpose(2, 0, 1).ravel()
 
 
 def shrink_tree(folder: Path) -> None:
-    """train/<wnid>/*.JPEG and val/<wnid>/*.JPEG -> IMAGENET_FILES beside them; labels in the wnids' order.
+    """train/<wnid>/*.JPEG and val/<wnid>/*.JPEG -> IMAGENET_FILES in shrunk/; labels in wnid order.
 
     A file that is already there is kept, each is written whole: an interrupted run goes on with the next.
     """
@@ -261,6 +267,7 @@ def shrink_tree(folder: Path) -> None:
         stop(
             f"{folder / 'train'} and {folder / 'val'} must have the same folders, one a class: n01440764, .."
         )
+    (folder / "shrunk").mkdir(exist_ok=True)
     parts = {}
     for split, names in (("train", IMAGENET_FILES[:-1]), ("val", IMAGENET_FILES[-1:])):
         images = [
@@ -272,14 +279,15 @@ def shrink_tree(folder: Path) -> None:
     total = sum(len(part) for part in parts.values())
     with tqdm(total=total, desc="shrinking ImageNet", unit="img", **BAR) as bar, ThreadPool() as threads:
         for name, part in parts.items():
-            if (folder / name).exists():
+            path = folder / "shrunk" / name
+            if path.exists():
                 bar.update(len(part))
                 continue
             data = np.empty((len(part), 3072), np.uint8)
             for i, row in enumerate(threads.imap(shrink, [path for path, _ in part], chunksize=16)):
                 data[i] = row
                 bar.update()
-            with whole(folder / name) as temporary:
+            with whole(path) as temporary:
                 np.savez(temporary, data=data, labels=np.array([label for _, label in part]))
 
 
@@ -287,20 +295,22 @@ def load_imagenet32(data_dir: Path) -> Data:
     """ImageNet at 3x32x32 from IMAGENET_FILES (arXiv 1707.08819) or, made into these once, a folder tree.
 
     Each file: `data` (N, 3072) uint8 in channel, row, column order, `labels` (N,) from 1 on. In host memory
-    lie the training images, put into the order of their classes as they are read, and one file: 4.4 GB.
+    lie the training images, put into the order of their classes as they are read, and one file: about 5 GB.
     """
     folder = data_dir / "imagenet32"
-    missing = [name for name in IMAGENET_FILES if not (folder / name).is_file()]
-    if missing and (folder / "train").is_dir() and (folder / "val").is_dir():
-        try:
-            shrink_tree(folder)
-        except OSError as error:
-            stop(str(error))
-    elif missing:
+    shrunk = folder / "shrunk"  # apart from the official files, whose labels follow another order
+    missing, unmade = ([f for f in IMAGENET_FILES if not (where / f).is_file()] for where in (folder, shrunk))
+    if missing and unmade and not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         stop(
             f"{folder} lacks {', '.join(missing)}: put the npz files of the downsampled ImageNet (32x32)"
             " there, or the folders train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or name another --data-dir"
         )
+    if missing and unmade:
+        try:
+            shrink_tree(folder)
+        except OSError as error:
+            stop(str(error))
+    folder = shrunk if missing else folder
 
     def load(name: str, key: str, dtype: type) -> Tensor:
         try:
@@ -342,7 +352,7 @@ LOADERS: dict[str, Callable[[Path], Data]] = {
 def limit_classes(data: Data, n: int) -> Data:
     """The first n images of each class, of those to train and of those to test, of data sorted by class."""
     train, test = (torch.arange(len(y)) - torch.searchsorted(y, y) < n for y in (data.y, data.test_y))
-    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
+    return pick(data, train, test)
 
 
 def split_tasks(data: Data, tasks: int) -> list[Data]:
@@ -350,8 +360,7 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
     per_task = int(data.y.max() + 1) // tasks
     first = torch.arange(tasks + 1) * per_task
     a, b = (torch.searchsorted(y, first).tolist() for y in (data.y, data.test_y))  # where each task begins
-    train, test = ([slice(*ends) for ends in pairwise(v)] for v in (a, b))
-    return [Data(data.x[i], data.y[i], data.test_x[j], data.test_y[j]) for i, j in zip(train, test)]
+    return [pick(data, slice(*i), slice(*j)) for i, j in zip(pairwise(a), pairwise(b))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -862,23 +871,23 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 
 
 def train_task(
-    cfg, task: int, epoch: int, model, optimizer, generators, teacher, held, x, y, pool, log
-) -> Iterator[tuple[float, float]]:
-    """Train on one task, from `epoch` on: L_total = denoising + distillation + penalty.
+    cfg, task: int, done: int, model, optimizer, generators, teacher, held, x, y, pool, log, after_epoch
+) -> None:
+    """Train on one task, of which `done` epochs are done: L_total = denoising + distillation + penalty.
 
     x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher
-    and the penalty `held` may be None. Writes mean losses to `log`, and stops when one is not finite. Yields
-    now and then, and after every epoch, how many epochs are done, and in how many seconds of this call.
+    and the penalty `held` may be None. Writes mean losses to `log`, stops when one is not finite, and calls
+    after_epoch(their number) after each epoch.
     """
     params, device = list(model.parameters()), x.device
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
     per_epoch = len(x) // batch
-    step, steps = epoch * per_epoch, cfg.epochs * per_epoch
-    recent, started = [], time.perf_counter()
+    step, steps = done * per_epoch, cfg.epochs * per_epoch
+    recent = []
     model.train()
     name = f"task {task + 1}/{cfg.tasks} {cfg.method}"
     with tqdm(initial=step, total=steps, desc=name, unit="step", **BAR) as bar:
-        for _ in range(epoch, cfg.epochs):
+        for epoch in range(done + 1, cfg.epochs + 1):
             shuffled = torch.randperm(len(x), generator=generators["order"], device=device)
             dropout = torch.randint(2**62, (), generator=generators["dropout"], device=device)
             torch.manual_seed(int(dropout))  # nn.Dropout can only draw from the global generator
@@ -909,13 +918,11 @@ def train_task(
                         f" lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
                     )
                 means = dict(zip(("denoise", "distill", "ewc"), values.mean(0).tolist()))
-                log.write(
-                    json.dumps({"task": task + 1, "epoch": step / per_epoch, "step": step} | means) + "\n"
-                )
+                log.write(json.dumps({"task": task + 1, "epoch": epoch, "step": step} | means) + "\n")
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v}, refresh=False)
                 bar.update(step - bar.n)
                 recent = []
-                yield step / per_epoch, time.perf_counter() - started
+            after_epoch(epoch)
 
 
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
@@ -932,6 +939,21 @@ def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
     return passes
 
 
+def passes_per_second(model: nn.Module, shape: tuple, batch: int, device: torch.device) -> float:
+    """Forward passes of an image in a second, from training steps of 1, 2, 4, .. up to `batch` images."""
+    n = 1
+    while True:
+        x, zeros = torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.long, device=device)
+        started = time.perf_counter()
+        model(x, zeros, zeros).sum().backward()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds = time.perf_counter() - started
+        if n == batch or seconds > 2:
+            return 3 * n / seconds
+        n = min(2 * n, batch)
+
+
 def announce(seconds: float) -> None:
     """Say how long the whole run will take and, if that is more than an afternoon, what makes it minutes."""
     units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -942,34 +964,31 @@ def announce(seconds: float) -> None:
 
 
 def needs(path: Path, device: torch.device) -> None:
-    """What a run of each dataset and method would take here, from a few training steps without its data.
+    """What a run of each dataset and method would take on this device, without its data: JSON in `path`.
 
-    Hours are computed, not measured: passes of the network through one image, over those that it makes a
-    second. gb_checkpoint: model, two moments, teacher, a mu for each task but the last.
+    hours: computed from the network's passes in a run and the measured passes a second. gb_weights: in memory
+    for the model, its gradient, Adam's two moments, the teacher and the penalty (the activations come on
+    top); gb_checkpoint: the same on disk, less the gradient.
     """
-    found = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()}
-    found |= {"threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found = {"device": name, "threads": torch.get_num_threads()}
     for dataset, (channels, size, classes, *counts) in SIZES.items():
         cfg = parse_args(["--dataset", dataset])
         model = UNet(channels, classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
-        x = torch.zeros(8 if device.type == "cpu" else cfg.batch_size, channels, size, size, device=device)
-        y = torch.zeros(len(x), dtype=torch.long, device=device)
-        for _ in range(3):  # the first is slower
-            started = time.perf_counter()
-            model(x, y, y).sum().backward()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            passes_per_second = 3 * len(x) / (time.perf_counter() - started)
+        rate = passes_per_second(model, (channels, size, size), 2 * cfg.batch_size, device)
         y, test_y = (torch.arange(n) * classes // n for n in counts)
         tasks = split_tasks(Data(y, y, test_y, test_y), cfg.tasks)
-        hours = {m: passes_of_a_run(cfg, row, tasks) / passes_per_second / 3600 for m, row in METHODS.items()}
-        weights = sum(p.numel() for p in model.parameters())
+        hours = {m: passes_of_a_run(cfg, row, tasks) / rate / 3600 for m, row in METHODS.items()}
+        gb = 4e-9 * sum(p.numel() for p in model.parameters())
+        vectors = {"gd": 4, "diag": 6, "rank1": 3 + cfg.tasks}  # on disk: model, moments, teacher; Fisher
         found[dataset] = {
-            "passes_per_second": round(passes_per_second, 1),
+            "passes_per_second": round(rate, 1),
             "hours": {m: round(h, 2 if h < 10 else None) for m, h in hours.items()},
-            "gb_checkpoint": {"gd": weights * 16 / 1e9, "rank1": weights * 4 * (3 + cfg.tasks) / 1e9},
+            "gb_weights": {m: round((v + 1) * gb, 3) for m, v in vectors.items()},
+            "gb_checkpoint": {m: round(v * gb, 3) for m, v in vectors.items()},
         }
         print(dataset, found[dataset], flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -1014,18 +1033,18 @@ def load_checkpoint(path: Path, cfg: argparse.Namespace) -> dict | None:
     if not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # read as it is used
         refuse_other(saved["settings"], cfg, path)
     except DAMAGED as error:
         stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
     return saved
 
 
-def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray], device) -> dict:
+def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: dict | None) -> dict:
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
-    data: all images, sorted by class; features: images uint8 -> FID features (N, d). Goes on from the
-    checkpoint in cfg.out if there is one: on a CPU to the same result as if it had never been stopped.
+    data: all images, sorted by class; features: images uint8 -> FID features (N, d); saved: the checkpoint to
+    go on from, or None. On a CPU the result is then the same as if the run had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
@@ -1044,89 +1063,77 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    path = cfg.out / "checkpoint.pt"
-    saved = load_checkpoint(path, cfg)
+    first_task, first_epoch = (saved["task"], saved["epoch"]) if saved else (0, 0)
     if saved:
-        tqdm.write(
-            f"going on in task {saved['task'] + 1}/{cfg.tasks} after epoch {saved['epoch']}, from {path}"
-        )
+        tqdm.write(f"going on in task {first_task + 1}/{cfg.tasks} after epoch {first_epoch}, from {cfg.out}")
         model.load_state_dict(saved["model"])
         for name, value in saved["penalty"].items():
-            setattr(penalty, name, value.to(device) if isinstance(value, Tensor) else value)
+            setattr(penalty, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
         fid, fishers = saved["fid"], saved["fisher"]
         seconds.update(saved["seconds"])
-    for unfinished in cfg.out.glob(".tmp-*"):  # what this run was writing when it was killed
-        unfinished.unlink()
+    else:
+        rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
+        announce(passes_of_a_run(cfg, method, tasks) / rate)
 
-    def checkpoint(task: int, epoch: int, teacher, optimizer, generators, log) -> None:
-        state = {
-            "settings": settings_of(cfg),
-            "task": task,
-            "epoch": epoch,
-            "model": model.state_dict(),
-            "teacher": teacher.state_dict() if teacher else None,
-            "optimizer": optimizer.state_dict(),
-            "generators": {purpose: g.get_state() for purpose, g in generators.items()},
-            "penalty": vars(penalty) if penalty else {},
-            "fid": fid,
-            "fisher": fishers,
-            "seconds": dict(seconds),
-            "log": log.tell(),
-        }
-        with whole(path) as temporary:
-            torch.save(state, temporary)
-        lap("checkpoint")
-
-    shown = [
-        t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))
-    ]  # two classes a task
-    generator = rng(cfg.seed, "picture", 0, device)
-    picture_noise = torch.randn(len(shown) * 10, *shape, generator=generator, device=device)
     real = [features(task.test_x) for task in tasks]
     # What a perfect model would score: as many training images, at random, in the place of samples.
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
     others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
-    fid_real = [frechet_distance(a, features(x)) for a, x in zip(real, others)]
-    announced, warm, total_passes = bool(saved), None, passes_of_a_run(cfg, method, tasks)
+    fid_real = [frechet_distance(a, features(images)) for a, images in zip(real, others)]
+    shown = [
+        t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))
+    ]  # two classes a task
+    shown = torch.tensor(shown, device=device).repeat_interleave(10)
+    generator = rng(cfg.seed, "picture", 0, device)
+    picture_noise = torch.randn(len(shown), *shape, generator=generator, device=device)
     lap("fid")
+
+    def checkpoint(epoch: int) -> None:  # where this run stands: after `epoch` epochs of task k
+        if epoch % cfg.checkpoint_epochs and epoch < cfg.epochs:
+            return
+        lap("train")
+        state = {"settings": settings_of(cfg), "task": k, "epoch": epoch, "log": log.tell()}
+        state |= {"fid": fid, "fisher": fishers, "seconds": dict(seconds)}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {
+            "teacher": teacher.state_dict() if teacher else {},
+            "penalty": vars(penalty) if penalty else {},
+        }
+        state |= {"generators": {purpose: g.get_state() for purpose, g in generators.items()}}
+        with whole(cfg.out / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
+        lap("checkpoint")
 
     with open(cfg.out / "log.jsonl", "a" if saved else "w", buffering=1) as log:
         if saved:
             log.truncate(min(saved["log"], log.tell()))
-        for k in range(saved["task"] if saved else 0, len(lessons)):
+        for k in range(first_task, len(lessons)):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
-            x, y = (v.to(device) for v in lessons[k][:2])  # no other task's images are on the device
+            x, y = (v.to(device) for v in lessons[k][:2])
             teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-            purposes = ("order", "replay", "noise", "dropout")
+            purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
             if saved:
-                epoch, saved_task, saved = saved["epoch"], saved, None
-                optimizer.load_state_dict(saved_task["optimizer"])
+                epoch = first_epoch
+                optimizer.load_state_dict(saved["optimizer"])
                 for purpose, g in generators.items():
-                    g.set_state(saved_task["generators"][purpose])
+                    g.set_state(saved["generators"][purpose])
                 if teacher:
-                    teacher.load_state_dict(saved_task["teacher"])
-            else:
-                epoch = 0
-                checkpoint(k, epoch, teacher, optimizer, generators, log)
+                    teacher.load_state_dict(saved["teacher"])
+
+            if not saved:
+                checkpoint(0)
+            saved = None
             held = penalty.start(flat(teacher.parameters())) if k and penalty else None
-            pool = None
-            if k and method.replay:
+            if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
                 pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
                 lap("sample")
 
             taught = teacher if method.distill else None
-            parts = (model, optimizer, generators, taught, held, x, y, pool, log)
-            for done, elapsed in train_task(cfg, k, epoch, *parts):
-                warm = warm or ((done, elapsed) if elapsed < 5 else (0, 0))  # the first steps are slower
-                if not announced and done > warm[0] and (elapsed > 5 or done * len(x) >= 2000):
-                    announced = True
-                    announce((elapsed - warm[1]) / (done - warm[0]) / len(x) / 3 * total_passes)
-                if done == cfg.epochs or done % cfg.checkpoint_epochs == 0:
-                    lap("train")
-                    checkpoint(k, int(done), teacher, optimizer, generators, log)
+            train_task(cfg, k, epoch, model, optimizer, generators, taught, held, x, y, pool, log, checkpoint)
+            pool = None  # the next one needs its memory
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
@@ -1135,16 +1142,18 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(fisher))
                 lap("fisher")
+            x = y = None  # of all images, only the current task's are on the device
             seen = cfg.tasks if method.joint else k + 1
-            labels = [task.test_y.to(device) for task in tasks[:seen]]
+            labels = [task.test_y for task in tasks[:seen]]
             generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
-            samples = sample_images(model, shape, torch.cat(labels), steps, generator, name)
-            classes = torch.tensor(shown[: seen * min(per_task, 2)], device=device).repeat_interleave(10)
-            picture = ddim_sample(model, picture_noise[: len(classes)], classes, steps)
-            save_samples(to_uint8(picture), cfg.out / f"samples-task{seen}.png")
+            samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
+            rows = seen * len(shown) // cfg.tasks
+            chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
+            picture = torch.cat([to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks])
+            save_samples(picture, cfg.out / f"samples-task{seen}.png")
             lap("sample")
             painted = samples.split([len(v) for v in labels])
-            row = [frechet_distance(a, features(x)) for a, x in zip(real, painted)]
+            row = [frechet_distance(a, features(images)) for a, images in zip(real, painted)]
             fid.append(row + [None] * (cfg.tasks - seen))
             numbers = "  ".join(f"{v:.1f}" for v in row)
             tqdm.write(f"after task {seen}, FID (features: {cfg.fid_features}): {numbers}")
@@ -1154,18 +1163,12 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         torch.save(model.state_dict(), temporary)
     afid, forgetting = afid_and_forgetting(fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
-    result = {
-        **{key: getattr(cfg, key) for key in ("dataset", "method", "lam", "seed")},
-        "fid": fid,
-        "afid": afid,
-        "forgetting": forgetting,
-        "fid_features": cfg.fid_features,
-        "fid_real": fid_real,
-        "fisher": fishers,
-        "config": settings_of(cfg),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "seconds": {key: round(value, 1) for key, value in seconds.items()},
-    }
+    result = {key: getattr(cfg, key) for key in ("dataset", "method", "lam", "seed")}
+    result |= {"fid": fid, "afid": afid, "forgetting": forgetting}
+    result |= {"fid_features": cfg.fid_features, "fid_real": fid_real, "fisher": fishers}
+    result |= {"config": settings_of(cfg)}
+    result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
+    result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
     plot_fid(result, cfg.out / "fid.png")
     with whole(cfg.out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -1225,7 +1228,7 @@ def plot_sweep(folder: Path, path: Path) -> None:
     files = sorted(folder.rglob("result.json"))
     if not files:
         stop(f"{folder} holds no finished run (result.json): train some first, as with `make sweep`")
-    results = sorted((json.loads(file.read_text()) for file in files), key=lambda r: (r["method"], r["lam"]))
+    results = sorted((read_result(file) for file in files), key=lambda r: (r["method"], r["lam"]))
     panels = {
         "AFID after the last task": lambda r: r["afid"][-1],
         "forgetting": lambda r: r["forgetting"],
@@ -1274,8 +1277,8 @@ def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
 def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
     """dataset -> method -> results, one a seed, of every result.json below `folder`; each with its "folder".
 
-    Stops where two do not belong into one table: they differ in a setting that is neither the method nor the
-    seed (nor, between methods, lambda), or they differ in nothing.
+    Stops where two do not belong into one table: they differ in a setting other than method, seed and device
+    (and, between methods, lambda), or in neither method nor seed.
     """
     runs = {}
     for path in sorted(folder.rglob("result.json")):
@@ -1285,7 +1288,7 @@ def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
             pair, a, b = f"{other['folder']} and {path.parent}", other["config"], result["config"]
             if (a["method"], a["seed"]) == (b["method"], b["seed"]):
                 stop(f"{pair} are the same method and seed: report only one of them")
-            free = {"seed"} if a["method"] == b["method"] else {"seed", "method", "lam"}
+            free = {"seed", "device"} | ({"method", "lam"} if a["method"] != b["method"] else set())
             for key in sorted((a.keys() & b.keys()) - free):
                 if a[key] != b[key]:
                     flag = f"--{key.replace('_', '-')} {a[key]} and {b[key]}"
@@ -1313,10 +1316,15 @@ def report(folder: Path) -> None:
                 row[name], row[f"{name} s.e."] = mean_and_error(values) if values else (math.nan, math.nan)
             row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
             rows.append(row | {"FID features": config["fid_features"]})
-        paper = (DATASETS[dataset] if published else PAPER).items()
-        other = [f"{k} {config[k]} (paper {v})" for k, v in paper if k != "lam" and config.get(k, v) != v]
+        paper = DATASETS[dataset] if published else PAPER
+        lams = {result["lam"] for results in methods.values() for result in results} - {0.0, paper["lam"]}
+        config = config | {"lam": max(lams, default=paper["lam"])}
+        other = [f"{k} {config[k]} (paper {v})" for k, v in paper.items() if config.get(k, v) != v]
         other = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
         notes.append(f"{dataset}: FID on features of {config['fid_features']}; {other}.")
+
+    if absent := [dataset for dataset in PUBLISHED if dataset not in runs]:
+        notes.append(f"missing, no finished run: {', '.join(absent)}.")
 
     def cell(row: dict, name: str) -> str:  # a standard error stands behind its mean
         if not isinstance(row[name], float):
@@ -1387,6 +1395,10 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
                 if result["seed"] == seed and picture.exists():
                     pixels = torchvision.io.decode_image(str(picture)).permute(1, 2, 0)
                     axes.imshow(pixels[: 2 * CELL + 2, : 5 * CELL + 2])
+                    break
+            else:
+                if k == tasks or not METHODS[method].joint:
+                    axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes)
     figure.suptitle(f"{dataset}, seed {seed}")
     save_figure(figure, path)
 
@@ -1424,7 +1436,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings: the dataset's row, and over it what the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="A setting not given is the dataset's: for mnist and fashion the paper's.",
+        epilog="A setting not given is the dataset's: for all but digits the paper's.",
+        allow_abbrev=False,
     )
     parser.error = stop
     add, positive = parser.add_argument, number(int, 1)
@@ -1490,31 +1503,26 @@ def find_device(name: str) -> torch.device:
 def main(argv: list[str] | None = None) -> dict | None:
     """Check everything that can be checked, then run, or go on with a run that was stopped."""
     cfg = parse_args(argv)
-    if cfg.report:
-        return report(cfg.report)
-    if cfg.plot_sweep:
-        return plot_sweep(cfg.plot_sweep, cfg.out)
-    device = find_device(cfg.device)
-    cfg.device = device.type
-    if cfg.needs:
-        return needs(cfg.needs, device)
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-    finished = cfg.out / "result.json"
     try:
+        if cfg.report:
+            return report(cfg.report)
+        if cfg.plot_sweep:
+            return plot_sweep(cfg.plot_sweep, cfg.out)
+        device = find_device(cfg.device)
+        cfg.device = device.type
+        if cfg.needs:
+            return needs(cfg.needs, device)
+        torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
         cfg.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()
-        if cfg.fresh:
-            finished.unlink(missing_ok=True)
-            (cfg.out / "checkpoint.pt").unlink(missing_ok=True)
-    except OSError as error:
-        stop(f"--out {cfg.out} cannot be written ({error.strerror}): name another folder")
-    if finished.exists():
-        result = read_result(finished)
-        refuse_other(result["config"], cfg, finished)
-        print(table(result))
-        print(f"{finished} is of a run that is finished (--fresh starts it over)")
-        return result
-    try:
+        finished, path, saved = cfg.out / "result.json", cfg.out / "checkpoint.pt", None
+        if finished.exists() and not cfg.fresh:
+            result = read_result(finished)
+            refuse_other(result["config"], cfg, finished)
+            print(table(result), f"{finished} is of a finished run (--fresh starts it over)", sep="\n")
+            return result
+        if not cfg.fresh:
+            saved = load_checkpoint(path, cfg)
         data = LOADERS[cfg.dataset](cfg.data_dir)
         size, halvings = data.x.shape[-1], len(cfg.channels) - 1
         if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
@@ -1529,13 +1537,22 @@ def main(argv: list[str] | None = None) -> dict | None:
         if cfg.limit:
             data = limit_classes(data, cfg.limit)
             cfg.fid_features += f", limit {cfg.limit}"
-        result = run(cfg, data, features, device)
+        if cfg.fresh:
+            finished.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        for unfinished in cfg.out.glob(f"{UNFINISHED}*"):  # what this run was writing when it was killed
+            unfinished.unlink()
+        result = run(cfg, data, features, device, saved)
     except KeyboardInterrupt:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh"]
-        command = shlex.join(["python", sys.argv[0], *again])
-        print(f"\nrank1_ewc: interrupted; this goes on from the last checkpoint: {command}", file=sys.stderr)
+        command = shlex.join([sys.executable, sys.argv[0], *again])
+        print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror})")
     except RuntimeError as error:
+        if "failed writing" in str(error):
+            stop(f"--out {cfg.out} cannot be written, is the disk full? After that the same command goes on")
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
