@@ -54,8 +54,8 @@ report: .venv/installed
 
 FEW := --channels 16,32,32,32 --layers-per-block 1 --epochs 1 --batch-size 16 --lr 2e-3 --lr-decay linear --dropout 0 \
   --lam 10 --replay-per-class 200 --sample-steps 10 --fisher-samples 4000 --fid classifier
-fashion-small:  ## FashionMNIST (DATA=its folder) with a small network, one epoch: hours on two CPU cores
-	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 EXTRA="$(FEW) $(EXTRA)"
+fashion-small:  ## FashionMNIST (DATA=its folder), small network, one epoch, to results/table1: two hours on a CPU
+	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 RUNS=results/table1 EXTRA="$(FEW) $(EXTRA)"
 
 # What the paper leaves open.
 SWEEP := $(foreach m,$(SWEPT),$(foreach l,$(LAMS),sweep/$(m)/$(l)))

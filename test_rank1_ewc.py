@@ -716,6 +716,38 @@ def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, mon
     assert counted[0] - pictures + forward_mode == pytest.approx(promised[0], rel=0.15)
 
 
+def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(r, "SIZES", {"digits": r.SIZES["digits"]})
+    monkeypatch.setattr(r, "passes_per_second", lambda *_: 1000.0)
+    r.main(["--needs", str(tmp_path / "new/needs.json")])
+    digits = json.loads((tmp_path / "new/needs.json").read_text())["digits"]
+    data = r.load_digits(Path())
+    assert r.SIZES["digits"] == (*data.x.shape[1:3], 10, len(data.x), len(data.test_x))
+    passes = 270 * len(data.x) * 3 + 20 * len(
+        data.test_x
+    )  # all images 270 times, there and back; FID samples
+    assert digits["hours"]["joint"] == pytest.approx(passes / 1000 / 3600, abs=0.005)
+    weights = sum(p.numel() for p in r.UNet(1, 10, (16, 32), 1).parameters())
+    assert digits["gb_checkpoint"]["rank1"] == pytest.approx(8 * 4e-9 * weights, abs=0.001)
+
+
+@pytest.mark.parametrize("target", ["digits", "mnist", "fashion", "cifar10", "imagenet"])
+def test_make_n_shows_plain_commands_that_can_be_pasted(target):
+    narrowed = ["METHODS=gd rank1-only", "SEEDS=3 4", "EXTRA=--epochs 5", "RUNS=there", "DATA=here"]
+    command = ["make", "-n", "-o", ".venv/installed", target, *narrowed]
+    lines = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=True).stdout
+    *runs, last = [shlex.split(line) for line in lines.splitlines() if "rank1_ewc.py" in line]
+    cfgs = [r.parse_args(run[2:]) for run in runs]
+    found = {(c.dataset, c.method, c.seed, c.epochs, str(c.data_dir), str(c.out)) for c in cfgs}
+    dataset = "imagenet32" if target == "imagenet" else target
+    assert found == {
+        (dataset, m, s, 5, "here", f"there/{dataset}/{m}-seed{s}")
+        for m in ("gd", "rank1-only")
+        for s in (3, 4)
+    }
+    assert last[2:] == ["--report", f"there/{dataset}"]
+
+
 def test_an_unfinished_file_never_takes_the_place_of_a_whole_one(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")
@@ -792,8 +824,8 @@ def same_but_for_the_seconds(folder, other):
         del result["seconds"]
     logs = [(f / "log.jsonl").read_text() for f in (folder, other)]
     weights = [torch.load(f / "model.pt", weights_only=True) for f in (folder, other)]
-    equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    return results[0] == results[1] and logs[0] == logs[1] and equal
+    equal = [torch.equal(weights[0][name], weights[1][name]) for name in weights[1]]
+    return results[0] == results[1] and logs[0] == logs[1] and len(equal) == len(weights[0]) and all(equal)
 
 
 @pytest.mark.parametrize(
@@ -838,6 +870,27 @@ def raises_at_call(nth, function, error):
         return function(*args)
 
     return wrapped
+
+
+@pytest.mark.parametrize(("method", "nth"), [("joint", 20), ("replay", 15), ("gd", 15), ("diag", 20)])
+def test_every_methods_run_goes_on_also_from_an_older_checkpoint(tmp_path, monkeypatch, method, nth):
+    argv = ["--method", method, "--epochs=3", "--lr-decay=linear", "--checkpoint-epochs=2"]
+    run_main(tmp_path / "whole", *argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(r, "losses", raises_at_call(nth, r.losses, KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_main(tmp_path / "stopped", *argv)
+    run_main(tmp_path / "stopped", *argv, "--checkpoint-epochs=1")  # may change: it changes no number
+    assert same_but_for_the_seconds(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_cuda_goes_on_after_an_interrupt(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(r, "losses", raises_at_call(17, r.losses, KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_main(tmp_path, *LONGER, "--device", "cuda")
+    assert len(run_main(tmp_path, *LONGER, "--device", "cuda")["fid"]) == 5
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, uninterrupted, monkeypatch, capsys):
@@ -960,6 +1013,7 @@ def test_the_report_has_means_errors_published_numbers_and_missing_cells(tmp_pat
     assert cells["rank1"] == ["fashion", "rank1", "0", "missing", "missing", "15.4 / 0.9", "inception"]
     assert cells["replay"][5] == "not known"
     assert set(r.METHODS) < set(cells)
+    assert "missing, no finished run: mnist, cifar10, imagenet32" in text
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "table1.csv").read_text().splitlines())}
     assert [float(rows["gd"][key]) for key in ("AFID", "AFID s.e.", "forgetting")] == pytest.approx(
         [23, 3, 3.5]
@@ -970,10 +1024,27 @@ def test_the_report_has_means_errors_published_numbers_and_missing_cells(tmp_pat
 
 def test_the_report_says_by_which_settings_a_run_is_not_the_papers(tmp_path, capsys):
     hand_made_run(tmp_path / "a", "gd", 0, 20.0, 2.0, epochs=3, batch_size=128)
+    hand_made_run(tmp_path / "b", "rank1", 0, 20.0, 2.0, epochs=3, batch_size=128, lam=100.0)
     r.main(["--report", str(tmp_path)])
     note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("- fashion"))
     assert "epochs 3 (paper 200)" in note
+    assert "lam 100.0 (paper 15000.0)" in note
     assert "batch_size" not in note
+
+
+def test_figure_4_draws_the_mean_over_the_seeds_and_its_standard_error(tmp_path, monkeypatch):
+    for seed, afid in enumerate((20.0, 26.0)):
+        hand_made_run(tmp_path / str(seed), "gd", seed, afid, 2.0)
+    hand_made_run(tmp_path / "joint", "joint", 0, 7.0, 0.0)
+    figures = {}
+    monkeypatch.setattr(r, "save_figure", lambda figure, path: figures.update({path.name: figure}))
+    r.main(["--report", str(tmp_path)])
+    (axes,) = figures["figure4.png"].axes
+    joint, gd = axes.get_lines()
+    assert (list(joint.get_ydata()), list(gd.get_ydata())) == ([7, 7], [5, 23])
+    band = axes.collections[1].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(26)
+    assert band[band[:, 0] == 2, 1].min() == pytest.approx(20)
 
 
 @pytest.mark.parametrize(
