@@ -1040,11 +1040,11 @@ def load_checkpoint(path: Path, cfg: argparse.Namespace) -> dict | None:
     return saved
 
 
-def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: dict | None) -> dict:
+def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.ndarray], device) -> dict:
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
-    data: all images, sorted by class; features: images uint8 -> FID features (N, d); saved: the checkpoint to
-    go on from, or None. On a CPU the result is then the same as if the run had never been stopped.
+    data: all images, sorted by class; features: images uint8 -> FID features (N, d). Goes on from the
+    checkpoint in cfg.out if there is one: on a CPU to the same result as if it had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
@@ -1063,9 +1063,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: 
     torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    first_task, first_epoch = (saved["task"], saved["epoch"]) if saved else (0, 0)
+    saved = load_checkpoint(cfg.out / "checkpoint.pt", cfg)
+    first = saved["task"] if saved else 0
     if saved:
-        tqdm.write(f"going on in task {first_task + 1}/{cfg.tasks} after epoch {first_epoch}, from {cfg.out}")
+        tqdm.write(f"going on in task {first + 1}/{cfg.tasks} after epoch {saved['epoch']}, from {cfg.out}")
         model.load_state_dict(saved["model"])
         for name, value in saved["penalty"].items():
             setattr(penalty, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
@@ -1080,9 +1081,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: 
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
     others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
     fid_real = [frechet_distance(a, features(images)) for a, images in zip(real, others)]
-    shown = [
-        t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))
-    ]  # two classes a task
+    # The pictures: ten samples of two classes of each task, from the same noise after every task.
+    shown = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]
     shown = torch.tensor(shown, device=device).repeat_interleave(10)
     generator = rng(cfg.seed, "picture", 0, device)
     picture_noise = torch.randn(len(shown), *shape, generator=generator, device=device)
@@ -1094,12 +1094,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: 
         lap("train")
         state = {"settings": settings_of(cfg), "task": k, "epoch": epoch, "log": log.tell()}
         state |= {"fid": fid, "fisher": fishers, "seconds": dict(seconds)}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {
-            "teacher": teacher.state_dict() if teacher else {},
-            "penalty": vars(penalty) if penalty else {},
-        }
         state |= {"generators": {purpose: g.get_state() for purpose, g in generators.items()}}
+        state |= {"penalty": vars(penalty) if penalty else {}, "optimizer": optimizer.state_dict()}
+        state |= {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {}}
         with whole(cfg.out / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
         lap("checkpoint")
@@ -1107,7 +1104,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: 
     with open(cfg.out / "log.jsonl", "a" if saved else "w", buffering=1) as log:
         if saved:
             log.truncate(min(saved["log"], log.tell()))
-        for k in range(first_task, len(lessons)):
+        for k in range(first, len(lessons)):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
             x, y = (v.to(device) for v in lessons[k][:2])
             teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
@@ -1115,16 +1112,15 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable, device, saved: 
             purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
             if saved:
-                epoch = first_epoch
+                epoch = saved["epoch"]
                 optimizer.load_state_dict(saved["optimizer"])
                 for purpose, g in generators.items():
                     g.set_state(saved["generators"][purpose])
                 if teacher:
                     teacher.load_state_dict(saved["teacher"])
-
-            if not saved:
+                saved = None
+            else:
                 checkpoint(0)
-            saved = None
             held = penalty.start(flat(teacher.parameters())) if k and penalty else None
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
@@ -1515,14 +1511,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
         cfg.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()
-        finished, path, saved = cfg.out / "result.json", cfg.out / "checkpoint.pt", None
+        finished, path = cfg.out / "result.json", cfg.out / "checkpoint.pt"
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(result["config"], cfg, finished)
             print(table(result), f"{finished} is of a finished run (--fresh starts it over)", sep="\n")
             return result
         if not cfg.fresh:
-            saved = load_checkpoint(path, cfg)
+            load_checkpoint(path, cfg)  # refuses one that does not fit, before any work
         data = LOADERS[cfg.dataset](cfg.data_dir)
         size, halvings = data.x.shape[-1], len(cfg.channels) - 1
         if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
@@ -1540,11 +1536,12 @@ def main(argv: list[str] | None = None) -> dict | None:
         if cfg.fresh:
             finished.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+            cfg.fresh = False  # an interrupted run goes on without it
         for unfinished in cfg.out.glob(f"{UNFINISHED}*"):  # what this run was writing when it was killed
             unfinished.unlink()
-        result = run(cfg, data, features, device, saved)
+        result = run(cfg, data, features, device)
     except KeyboardInterrupt:
-        again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh"]
+        again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
         command = shlex.join([sys.executable, sys.argv[0], *again])
         print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
         raise SystemExit(130) from None
