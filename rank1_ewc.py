@@ -48,7 +48,7 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -1365,8 +1365,8 @@ def plot_afid(runs: dict, path: Path) -> None:
             axes.fill_between(after, mean - error, mean + error, color=f"C{i}", alpha=0.2, lw=0)
         axes.set(xlabel="after task", ylabel=f"AFID (features: {results[0]['fid_features']})", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+        axes.grid(alpha=0.3)
         axes.legend(title=f"{dataset} (seeds)", fontsize="small")
     save_figure(figure, path)
 
