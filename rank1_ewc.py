@@ -1315,7 +1315,7 @@ def report(folder: Path) -> None:
         paper = DATASETS[dataset] if published else PAPER
         lams = {result["lam"] for results in methods.values() for result in results} - {0.0, paper["lam"]}
         config = config | {"lam": max(lams, default=paper["lam"])}
-        other = [f"{k} {config[k]} (paper {v})" for k, v in paper.items() if config.get(k, v) != v]
+        other = [f"{k} {config[k]} (paper {v or 'all'})" for k, v in paper.items() if config.get(k, v) != v]
         other = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
         notes.append(f"{dataset}: FID on features of {config['fid_features']}; {other}.")
 
@@ -1354,7 +1354,9 @@ def plot_afid(runs: dict, path: Path) -> None:
     """Figure 4: AFID after each task, a panel a dataset, a line a method, bands of one standard error."""
     figure = Figure(figsize=(1 + 5 * len(runs), 4), layout="constrained")
     for axes, (dataset, methods) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
-        for i, method in enumerate(m for m in METHODS if m in methods):
+        for i, method in enumerate(METHODS):  # the same colour in every panel
+            if method not in methods:
+                continue
             results = methods[method]
             mean, error = mean_and_error([result["afid"] for result in results])
             after = np.arange(1, len(results[0]["fid_real"]) + 1)
