@@ -31,8 +31,9 @@ torch.set_num_threads(1)  # these networks are too small to share out, and a bus
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    """The classifier of the digits is trained once for all tests, away from the user's cache."""
+def own_places(monkeypatch, tmp_path_factory):
+    """Away from the user's runs and cache; the classifier of the digits is trained once for all tests."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
     monkeypatch.setattr(r, "CACHE", tmp_path_factory.getbasetemp() / "rank1_ewc")
