@@ -5,6 +5,7 @@ Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR 2026, arXiv 2509.23593.
 
     python rank1_ewc.py                                  # 8x8 digits, rank-1 EWC: minutes on a laptop
     python rank1_ewc.py --dataset mnist --method rank1   # the paper's run: a GPU and patience
+    python rank1_ewc.py --report runs                    # Table 1, Figures 4 and 5 of all finished runs
     python rank1_ewc.py --help                           # every setting
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps
@@ -113,15 +114,8 @@ HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
 LOG_EVERY = 10  # training steps
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-PLACES = {
-    "data_dir",
-    "out",
-    "checkpoint_epochs",
-    "fresh",
-    "report",
-    "plot_sweep",
-    "needs",
-}  # change no number
+# Settings that change no number of a run:
+PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "report", "plot_sweep", "needs")
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
