@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import platform
+import resource
 import shlex
 import sys
 import tempfile
@@ -55,7 +56,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------
@@ -93,6 +95,20 @@ SMALL = {
     "fid": "classifier",
     "checkpoint_epochs": 10,  # an epoch takes 0.2 s and a checkpoint 0.02 s
 }
+SMALL_32 = {  # of --small, for images of 32x32
+    "epochs": 1,
+    "batch_size": 16,
+    "lr": 2e-3,
+    "lr_decay": "linear",
+    "lam": 10.0,  # that of the digits
+    "channels": [16, 32, 32, 32],
+    "layers_per_block": 1,
+    "dropout": 0.0,
+    "replay_per_class": 200,
+    "sample_steps": 10,
+    "fisher_samples": 4000,
+    "fid": "classifier",
+}
 LARGE = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}  # 50 classes a task
 DATASETS = {
     "digits": PAPER | SMALL,
@@ -113,9 +129,12 @@ NUM_STEPS = 1000  # diffusion timesteps
 HEAD_CHANNELS = 8  # of the UNet's attention
 SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
 LOG_EVERY = 10  # training steps
+GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
+GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
 # Settings that change no number of a run:
-PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "report", "plot_sweep", "needs")
+PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "figure", "to")
+PLACES += ("compare", "over", "report", "needs")
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
@@ -535,9 +554,9 @@ def per_sample_loss(predict: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Te
     return (predict(add_noise(x0, t, eps), t, y) - eps).square().flatten(1).mean(1)
 
 
-def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """t ~ U{0..999} (B,) and eps ~ N(0, 1) like x0."""
-    t = torch.randint(NUM_STEPS, (len(x0),), generator=generator, device=x0.device)
+def draw_noise(x0: Tensor, generator: torch.Generator, timesteps=(0, NUM_STEPS)) -> tuple[Tensor, Tensor]:
+    """t ~ U{0..999} (B,), or from the first of `timesteps` to before the second; eps ~ N(0, 1) like x0."""
+    t = torch.randint(*timesteps, (len(x0),), generator=generator, device=x0.device)
     return t, torch.randn(x0.shape, generator=generator, device=x0.device)
 
 
@@ -571,7 +590,9 @@ def sample_images(model: nn.Module, shape: tuple, y: Tensor, steps: int, generat
 
 # ----------------------------------------------------------------------------------------------------------
 # Fisher: F = E[g g^T], taken after a task on that task's real images, in eval mode, at random timesteps.
-# Rank-1 (Theorem 1): F ~ c* mu mu^T. Diagonal (EWC, arXiv 1612.00796): F_jj = E[g_j^2].
+# Rank-1 (Theorem 1): F ~ c* mu mu^T. Rank-K: F ~ sum_j lambda_j v_j v_j^T, its top eigenpairs. Diagonal (EWC,
+# arXiv 1612.00796): F_jj = E[g_j^2]. `draws(most)` gives one Fisher's samples, at most so many of them, the
+# same ones at each call.
 
 
 def flat(tensors) -> Tensor:
@@ -585,13 +606,13 @@ def dot64(a: Tensor, b: Tensor) -> float:
 
 
 def fisher_draws(
-    images: Tensor, labels: Tensor, n: int, batch: int, generator
+    images: Tensor, labels: Tensor, n: int, batch: int, generator, timesteps=(0, NUM_STEPS)
 ) -> Iterator[tuple[Tensor, ...]]:
-    """n samples (x0, t, eps, y) in batches: every image in turn, at random timesteps with random noise."""
+    """n samples (x0, t, eps, y) in batches: every image in turn, with random noise at random `timesteps`."""
     spread = torch.arange(n, device=images.device) * max(n, len(images)) // n  # over all, if n is fewer
     for index in (spread % len(images)).split(batch):
         x0 = to_float(images[index])
-        yield x0, *draw_noise(x0, generator), labels[index]
+        yield x0, *draw_noise(x0, generator, timesteps), labels[index]
 
 
 def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]) -> Tensor:
@@ -599,58 +620,78 @@ def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]
     return per_sample_loss(lambda *x: functional_call(model, theta, x), *draw)
 
 
-def rank1_fisher(
-    model: nn.Module, images: Tensor, labels: Tensor, n: int, batch: int, generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """Theorem 1: mu = E[g] (D,) and c* = E[(mu^T g)^2] / ||mu||^4, both over the same n draws (so c* >= 1).
+def gradients(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> Iterator[Tensor]:
+    """g_i of every sample, in chunks (B, D) of at most 1 GB. `loss` as losses_at is.
+
+    They share no work beyond their batched kernels: slower than as many backward passes of whole batches.
+    """
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    chunk = max(1, 250_000_000 // sum(p.numel() for p in theta.values()))
+    of_one = grad(lambda theta, *sample: loss(model, [v[None] for v in sample], theta)[0])
+    for draw in draws:
+        for part in zip(*(v.split(chunk) for v in draw)):
+            with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels cannot be batched so
+                g = vmap(of_one, in_dims=(None, *(0 for _ in part)))(theta, *part)  # each (B, *shape)
+            yield torch.cat([v.flatten(1) for v in g.values()], 1)
+
+
+def rank1_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tuple[Tensor, Tensor]:
+    """Theorem 1: mu = E[g] (1, D) and c* = E[(mu^T g)^2] / ||mu||^4 (1,), over the same draws, so c* >= 1.
 
     Time: per batch an ordinary backward pass for mu and a forward-mode derivative for all its mu^T g_i at
     once. Memory: three vectors (D,) and a batch's activations; no per-sample gradient is ever made.
-    images (N, C, H, W) uint8, labels (N,). c* is the least-squares coefficient of F on mu mu^T.
+    c* is the least-squares coefficient of F on mu mu^T.
     """
     model.eval()
     params = dict(model.named_parameters())
-    state = generator.get_state()  # the second pass repeats the first one's draws
-
-    mu = torch.zeros_like(flat(params.values()))
-    for draw in fisher_draws(images, labels, n, batch, generator):
-        loss = per_sample_loss(model, *draw).sum() / n
+    mu, n = torch.zeros_like(flat(params.values())), 0
+    for draw in draws():
+        loss = per_sample_loss(model, *draw).sum()
         mu += flat(torch.autograd.grad(loss, params.values()))
+        n += len(draw[0])
+    mu /= n
 
     norm = math.sqrt(dot64(mu, mu))
     directions = (mu / norm).split([p.numel() for p in params.values()])
     u = {name: v.view_as(p) for (name, p), v in zip(params.items(), directions)}
     theta = {name: p.detach() for name, p in params.items()}
-    generator.set_state(state)
     second_moment = 0.0  # E[(u^T g)^2]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no forward mode
-        for draw in fisher_draws(images, labels, n, batch, generator):
+        for draw in draws():
             _, projections = jvp(partial(losses_at, model, draw), (theta,), (u,))  # (B,) u^T g_i
             second_moment += float(projections.square().sum()) / n
-    return mu, second_moment / norm**2
+    return mu[None], mu.new_tensor([second_moment / norm**2])
 
 
-def diagonal_fisher(
-    model: nn.Module, images: Tensor, labels: Tensor, n: int, batch: int, generator: torch.Generator
-) -> Tensor:
-    """F_jj = E[g_j^2] (D,) over n draws, as in EWC (arXiv 1612.00796).
+def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """F = G^T G / N's eigenvalues (N,), falling, and its first k eigenvectors (k, D), of gradients G (N, D).
 
-    Time: n per-sample gradients, which share no work beyond their batched kernels: slower than n/batch
-    backward passes. Memory: D floats for each sample of a chunk, at most 2 GB for these gradients.
+    From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
+    """
+    values, U = torch.linalg.eigh((G @ G.T).double() / len(G))
+    values, U = values.flip(0).clamp(min=0), U.flip(1)
+    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G.dtype) @ G
+
+
+def rank_k_fisher(k: int, model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tuple[Tensor, Tensor]:
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from at most GRADIENTS single gradients.
+
+    Memory: these gradients, at most 1.6 GB, and as much again while they are put together. At 37M parameters
+    that is only 10 of them, at 300,000 all.
     """
     model.eval()
-    theta = {name: p.detach() for name, p in model.named_parameters()}
-    diagonal = torch.zeros_like(flat(theta.values()))
-    chunk = max(1, min(batch, 500_000_000 // len(diagonal)))
+    most = min(GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
+    values, vectors = eigenpairs(torch.cat([*gradients(model, draws(most))]), k)
+    return vectors, values[:k].to(vectors.dtype)
 
-    def loss(theta, *sample):
-        return losses_at(model, [s[None] for s in sample], theta)[0]
 
-    with sdpa_kernel(SDPBackend.MATH):
-        for draw in fisher_draws(images, labels, n, chunk, generator):
-            g = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))(theta, *draw)  # each (B, *shape)
-            diagonal += flat(v.square().sum(0) for v in g.values()) / n
-    return diagonal
+def diagonal_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> Tensor:
+    """F_jj = E[g_j^2] (D,), as in EWC (arXiv 1612.00796), from the gradients of single samples."""
+    model.eval()
+    total, n = 0.0, 0
+    for g in gradients(model, draws()):
+        total, n = total + g.square().sum(0), n + len(g)
+    return total / n
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -658,26 +699,42 @@ def diagonal_fisher(
 # add(fisher, theta*) after a task, then start(theta) before the next gives its penalty, a function of theta.
 
 
-class Rank1Penalty:
-    """(lam/2) sum_k c*_k (mu_k^T (theta - theta*_k))^2, the paper's rank-1 EWC.
+class LowRankPenalty:
+    """(lam/2) sum_k sum_j c_kj (v_kj^T (theta - theta*_k))^2, over old tasks k and directions j.
 
-    Kept per task: the vector a_k = sqrt(c*_k) mu_k (D,) and the number b_k = a_k^T theta*_k; no theta*_k.
+    With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs.
+    Kept per direction: the vector a = sqrt(c) v (D,) and the number b = a^T theta*_k; no theta*_k.
     """
 
     def __init__(self, lam: float):
         self.lam, self.a, self.b = lam, None, []
 
-    def add(self, fisher: tuple[Tensor, float], theta_star: Tensor) -> None:
-        mu, c_star = fisher
-        a = math.sqrt(c_star) * mu[None]
-        self.a = a if self.a is None else torch.cat([self.a, a])  # (tasks, D)
-        self.b.append(dot64(a[0], theta_star))
+    def add(self, fisher: tuple[Tensor, Tensor], theta_star: Tensor) -> None:
+        v, c = fisher
+        a = c.sqrt()[:, None] * v
+        self.a = a if self.a is None else torch.cat([self.a, a])  # (directions of all tasks, D)
+        self.b += [dot64(row, theta_star) for row in a]
+
+    def residual(self, origin: Tensor) -> Tensor:
+        """a^T origin - b in float64; what follows is measured from there: a^T theta - b would cancel."""
+        residual = [dot64(a, origin) - b for a, b in zip(self.a, self.b)]
+        return torch.tensor(residual, dtype=torch.float32, device=origin.device)
 
     def start(self, origin: Tensor) -> Callable[[Tensor], Tensor]:
-        """Measured from the weights a task starts with, since a^T theta - b of large theta would cancel."""
-        residual = [dot64(a, origin) - b for a, b in zip(self.a, self.b)]
-        residual = torch.tensor(residual, dtype=torch.float32, device=origin.device)  # (tasks,)
+        """The penalty of the task that starts at the weights `origin`."""
+        residual = self.residual(origin)
         return lambda theta: self.lam / 2 * (self.a @ (theta - origin) + residual).square().sum()
+
+    def start_proximal(self, origin: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """(theta, eta) -> the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta)."""
+        residual, gram = self.residual(origin), self.a @ self.a.T
+        eye = torch.eye(len(gram), device=gram.device)
+
+        def step(theta: Tensor, eta: float) -> Tensor:
+            at = self.a @ (theta - origin) + residual
+            return theta - torch.linalg.solve(gram + eye / (eta * self.lam), at) @ self.a
+
+        return step
 
 
 class DiagonalPenalty:
@@ -717,9 +774,15 @@ METHODS = {
     "replay": Method(replay=True),
     "gd": Method(replay=True, distill=True),
     "diag-only": Method(False, False, diagonal_fisher, DiagonalPenalty),
-    "rank1-only": Method(False, False, rank1_fisher, Rank1Penalty),
+    "rank1-only": Method(False, False, rank1_fisher, LowRankPenalty),
     "diag": Method(True, True, diagonal_fisher, DiagonalPenalty),
-    "rank1": Method(True, True, rank1_fisher, Rank1Penalty),
+    "rank1": Method(True, True, rank1_fisher, LowRankPenalty),
+}
+TABLE_1 = (*METHODS,)
+# Beyond the paper: F's top eigenvector in mu's place, and its top K.
+METHODS |= {
+    name: Method(True, True, partial(rank_k_fisher, k), LowRankPenalty)
+    for name, k in (("rank1-eig", 1), ("rank2", 2), ("rank4", 4), ("rank8", 8))
 }
 
 
@@ -952,8 +1015,7 @@ def announce(seconds: float) -> None:
     """Say how long the whole run will take and, if that is more than an afternoon, what makes it minutes."""
     units = {"weeks": 604800, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
     unit = next((u for u, size in units.items() if seconds >= 2 * size), "seconds")
-    small = "--channels 32,32 --layers-per-block 1 --epochs 5 --limit 50 --sample-steps 10 --fid classifier"
-    hint = f"\nFor a quick look in minutes: {small}" if seconds > 3 * 3600 else ""
+    hint = "\nFor a quick look in minutes: --small --limit 50" if seconds > 3 * 3600 else ""
     tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.{hint}")
 
 
@@ -982,17 +1044,27 @@ def needs(path: Path, device: torch.device) -> None:
             "gb_checkpoint": {m: round(v * gb, 3) for m, v in vectors.items()},
         }
         print(dataset, found[dataset], flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(path, found)
 
 
-def describe_fisher(fisher: tuple[Tensor, float] | Tensor) -> dict[str, float]:
-    """What to watch: the diagonal's trace or, for rank 1, c*, ||mu|| and F's energy along mu, c* ||mu||^2."""
+def describe_fisher(fisher: tuple[Tensor, Tensor] | Tensor) -> dict:
+    """What to watch: the diagonal's trace; or the eigenvalues; or c* and ||mu||, of one direction.
+
+    "energy" is F's along the (first) direction: times lambda, the curvature that the penalty adds there.
+    """
     if isinstance(fisher, Tensor):
         return {"trace": float(fisher.sum())}
-    mu, c_star = fisher
-    return {"c_star": c_star, "mu_norm": float(mu.norm()), "energy": c_star * float(mu.norm()) ** 2}
+    v, c = fisher
+    norms = v.norm(dim=1)
+    one = {"c_star": float(c[0]), "mu_norm": float(norms[0])} if len(c) == 1 else {"eigenvalues": c.tolist()}
+    return one | {"energy": float(c[0] * norms[0] ** 2)}
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most that this process has had: of the GPU's memory or, on a CPU, of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_result(path: Path) -> dict:
@@ -1057,6 +1129,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
+    average = None  # of the weights, with --ema
     saved = load_checkpoint(cfg.out / "checkpoint.pt", cfg)
     first = saved["task"] if saved else 0
     if saved:
@@ -1082,6 +1155,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     picture_noise = torch.randn(len(shown), *shape, generator=generator, device=device)
     lap("fid")
 
+    def draws(k: int, x: Tensor, y: Tensor, most: float = math.inf) -> Iterator[tuple]:  # of the k-th Fisher
+        n, generator = min(cfg.fisher_samples or len(x), most), rng(cfg.seed, "fisher", k, device)
+        return fisher_draws(x, y, n, cfg.batch_size, generator, (cfg.fisher_from or 0, NUM_STEPS))
+
     def checkpoint(epoch: int) -> None:  # where this run stands: after `epoch` epochs of task k
         if epoch % cfg.checkpoint_epochs and epoch < cfg.epochs:
             return
@@ -1091,6 +1168,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         state |= {"generators": {purpose: g.get_state() for purpose, g in generators.items()}}
         state |= {"penalty": vars(penalty) if penalty else {}, "optimizer": optimizer.state_dict()}
         state |= {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {}}
+        state |= {"average": average.state_dict() if average else {}}
         with whole(cfg.out / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
         lap("checkpoint")
@@ -1101,8 +1179,12 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         for k in range(first, len(lessons)):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
             x, y = (v.to(device) for v in lessons[k][:2])
-            teacher = copy.deepcopy(model).eval().requires_grad_(False) if k else None
+            last = average.module if average else model
+            teacher = copy.deepcopy(last).eval().requires_grad_(False) if k else None
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+            if cfg.ema:
+                average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+                optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
             purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
             if saved:
@@ -1110,12 +1192,22 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 optimizer.load_state_dict(saved["optimizer"])
                 for purpose, g in generators.items():
                     g.set_state(saved["generators"][purpose])
-                if teacher:
-                    teacher.load_state_dict(saved["teacher"])
+                for module, name in ((teacher, "teacher"), (average, "average")):
+                    if module:
+                        module.load_state_dict(saved[name])
                 saved = None
             else:
                 checkpoint(0)
             held = penalty.start(flat(teacher.parameters())) if k and penalty else None
+            if held and cfg.form == "proximal":
+                step = penalty.start_proximal(flat(teacher.parameters()))
+
+                def proximal(optimizer, *_, step=step):
+                    theta = step(flat(model.parameters()), optimizer.param_groups[0]["lr"])
+                    vector_to_parameters(theta, model.parameters())
+
+                optimizer.register_step_post_hook(proximal)
+                held = None
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
                 pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
@@ -1127,10 +1219,11 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
-                generator, n = rng(cfg.seed, "fisher", k, device), cfg.fisher_samples or len(x)
-                fisher = method.fisher(model, x, y, n, cfg.batch_size, generator)
+                fisher = method.fisher(model, partial(draws, k, x, y))
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(fisher))
+                if cfg.curvature and k == 0:
+                    penalty.lam = cfg.curvature / fishers[0]["energy"]
                 lap("fisher")
             x = y = None  # of all images, only the current task's are on the device
             seen = cfg.tasks if method.joint else k + 1
@@ -1153,15 +1246,16 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         torch.save(model.state_dict(), temporary)
     afid, forgetting = afid_and_forgetting(fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
-    result = {key: getattr(cfg, key) for key in ("dataset", "method", "lam", "seed")}
+    result = {key: getattr(cfg, key) for key in ("dataset", "method", "seed")}
+    result |= {"lam": penalty.lam if penalty else 0.0}
     result |= {"fid": fid, "afid": afid, "forgetting": forgetting}
     result |= {"fid_features": cfg.fid_features, "fid_real": fid_real, "fisher": fishers}
     result |= {"config": settings_of(cfg)}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
     result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
+    result |= {"peak_mb": round(peak_memory_mb(device))}
     plot_fid(result, cfg.out / "fid.png")
-    with whole(cfg.out / "result.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(cfg.out / "result.json", result)
     return result
 
 
@@ -1177,10 +1271,18 @@ def table(result: dict) -> str:
         cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, afid]]
         rows.append(f"{tasks - row.count(None):>10}  " + "".join(cells))
     rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
+    if any("energy" in fisher for fisher in result["fisher"]):
+        curvature = "".join(f"{v:9.3g}" for v in curvatures(result))
+        rows += ["", f"curvature   {curvature}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
     title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
     final = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
     return "\n".join(["", title, *rows, "", final, ""])
+
+
+def curvatures(result: dict) -> list[float]:
+    """lam c*_k ||mu_k||^2 of each task's penalty along its mu (or first eigenvector); [] without those."""
+    return [result["lam"] * fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
 
 
 def save_samples(images: Tensor, path: Path) -> None:
@@ -1213,35 +1315,11 @@ def plot_fid(result: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_sweep(folder: Path, path: Path) -> None:
-    """AFID and forgetting over lambda of every result.json below `folder`, to path.png and path.json."""
-    files = sorted(folder.rglob("result.json"))
-    if not files:
-        stop(f"{folder} holds no finished run (result.json): train some first, as with `make sweep`")
-    results = sorted((read_result(file) for file in files), key=lambda r: (r["method"], r["lam"]))
-    panels = {
-        "AFID after the last task": lambda r: r["afid"][-1],
-        "forgetting": lambda r: r["forgetting"],
-        "mean FID of a task just learned": lambda r: np.mean(np.diag(r["fid"])),
-    }
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, (label, value) in zip(figure.subplots(1, 3), panels.items()):
-        for method in sorted({r["method"] for r in results}):
-            points = [(r["lam"], value(r)) for r in results if r["method"] == method]
-            axes.plot(*zip(*points), "o-", alpha=0.7, label=method)
-        axes.set_xscale("symlog", linthresh=min((r["lam"] for r in results if r["lam"]), default=1))
-        axes.set(xlabel="lambda (0: no penalty, GD alone)", ylabel=label)
-        axes.set_yscale("linear" if label == "forgetting" else "log")
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    title = {f"{r['dataset']}, seed {r['seed']}, FID (features: {r['fid_features']})" for r in results}
-    figure.suptitle("; ".join(sorted(title)))
+def write_json(path: Path, content: dict | list) -> None:
+    """Whole or not at all; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, Path(f"{path}.png"))
-    with whole(Path(f"{path}.json")) as temporary:
-        temporary.write_text(json.dumps(results) + "\n")
-    print(f"wrote {path}.png and {path}.json")
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1262,6 +1340,13 @@ def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
     v = np.asarray(values, dtype=float)
     error = v.std(0, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else np.full_like(v[0], np.nan)
     return v.mean(0), error
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its columns as wide as their widest cell; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows)
 
 
 def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
@@ -1297,6 +1382,8 @@ def report(folder: Path) -> None:
         published = PUBLISHED.get(dataset, {})
         for method in METHODS:
             results = methods.get(method, [])
+            if not results and method not in TABLE_1:
+                continue
             columns = {
                 "AFID": [result["afid"][-1] for result in results],
                 "forgetting": [v for v in (result["forgetting"] for result in results) if v is not None],
@@ -1325,12 +1412,9 @@ def report(folder: Path) -> None:
         return f"{row[name]:.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
 
     columns = [name for name in rows[0] if not name.endswith("s.e.")]
-    cells = [columns, *([cell(row, name) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
+    lines = markdown([columns, *([cell(row, name) for name in columns] for row in rows)])
     about = "Mean ± standard error over the seeds; lower is better."
-    text = "\n".join([*lines, "", about, *(f"- {note}" for note in notes), ""])
+    text = "\n".join([lines, "", about, *(f"- {note}" for note in notes), ""])
     print(text)
     with whole(folder / "table1.md") as temporary:
         temporary.write_text(text)
@@ -1396,6 +1480,356 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What the paper leaves open: runs that differ in a setting, side by side.
+
+MEASURES = {
+    "AFID": lambda run: run["afid"][-1],
+    "forgetting": lambda run: run["forgetting"],
+    "FID of a task just learned": lambda run: float(np.mean(np.diag(run["fid"]))),
+}
+OF_PENALTY = {"method", "lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
+
+
+def compare(folders: list[Path], over: str, to: Path) -> None:
+    """The runs' MEASURES over a setting, mean and standard error over the seeds: printed, to.png and to.json.
+
+    A line for each method and for each other setting in which runs of one method differ. Without a penalty a
+    method is a dashed line. `over` may be `curvature`, which a run with --lam has too: its first task's.
+    """
+    runs = [read_result(folder / "result.json") for folder in folders]
+    settings = sorted(settings_of(parse_args([])).keys() - {"seed", "device"})
+
+    def value(run: dict, name: str) -> float | str | None:
+        if name == "curvature" and name == over:
+            return next(iter(curvatures(run)), 0.0)
+        found = run["lam"] if name == "lam" == over else run["config"].get(name)
+        return str(found) if isinstance(found, list) else found
+
+    def same_but(names: set, run: dict) -> tuple:
+        return tuple(value(run, name) for name in settings if name not in names)
+
+    several = {
+        n for n in settings for m in METHODS if len({value(r, n) for r in runs if r["method"] == m}) > 1
+    }
+    several -= {over} | ({"lam", "curvature"} if over in ("lam", "curvature") else set())
+    several &= {"dataset", "channels"} if "dataset" in several else several
+    gd = {(run["seed"], same_but(OF_PENALTY, run)): run for run in runs if run["method"] == "gd"}
+    lines = {}
+    for run in sorted(runs, key=lambda run: [*METHODS].index(run["method"])):
+        other = [f"{n} {value(run, n)}" for n in sorted(several) if value(run, n) is not None]
+        name = ", ".join(([] if over == "method" else [run["method"]]) + other)
+        lines.setdefault(name, {}).setdefault(value(run, over), []).append(run)
+        for measure, of in MEASURES.items():
+            run[measure] = of(run)
+        base = gd.get((run["seed"], same_but(OF_PENALTY, run)))
+        run["AFID / gd's"] = run["AFID"] / base["afid"][-1] if base else None
+
+    rows = []
+    for name, points in lines.items():
+        for at, found in points.items():
+            row = {"line": name, over: at, "seeds": sorted(run["seed"] for run in found)}
+            for measure in (*MEASURES, "AFID / gd's"):
+                mean, error = mean_and_error([run[measure] for run in found])
+                row[measure] = [None if math.isnan(v) else float(v) for v in (mean, error)]
+            row["curvature, first task"] = [v for run in found for v in curvatures(run)[:1]]
+            for part in ("train", "sample", "fisher"):
+                row[f"{part} s"] = [run["seconds"].get(part, 0) for run in found]
+            row["peak MB"] = [run.get("peak_mb") for run in found]
+            rows.append(row)
+
+    def cell(v) -> str:
+        if isinstance(v, list):
+            known = [x for x in v if x is not None]
+            return f"{np.mean(known):.3g}" if known else "-"
+        return f"{v:g}" if isinstance(v, float) else str(v)
+
+    def measured(row: dict, name: str) -> str:
+        mean, error = row[name]
+        return "-" if mean is None else f"{mean:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+    names, shown = [*rows[0]][3:], [*MEASURES, "AFID / gd's"]
+    text = [["line", over, "seeds", *names]]
+    for row in rows:
+        numbers = [measured(row, n) if n in shown else cell(row[n]) for n in names]
+        text.append([row["line"], cell(row[over]), str(len(row["seeds"])), *numbers])
+    print(markdown(text))
+    write_json(Path(f"{to}.json"), {"over": over, "rows": rows, "runs": runs})
+    plot_lines(lines, over, shown, Path(f"{to}.png"))
+    print(f"In {to}.png, {to}.json")
+
+
+def plot_lines(lines: dict[str, dict], over: str, measures: list[str], path: Path) -> None:
+    """A panel a measure; lines[name][value] are the runs at that value of the setting `over`."""
+    values = list(dict.fromkeys(v for points in lines.values() for v in points))
+    numeric = all(isinstance(v, int | float) for v in values)
+    place = {v: v if numeric else i for i, v in enumerate(values)}
+    positive = [v for v in values if numeric and v > 0]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 2).flat, measures):
+        for i, (name, points) in enumerate(lines.items()):
+            at = sorted(points, key=place.get)
+            found = [mean_and_error([run[measure] for run in points[v]]) for v in at]
+            mean, error = (np.array(part, dtype=float) for part in zip(*found))
+            error = np.nan_to_num(error)
+            if over in ("lam", "curvature") and at == [0]:
+                axes.axhline(mean[0], color=f"C{i}", ls="--", label=name)
+                axes.axhspan(mean[0] - error[0], mean[0] + error[0], color=f"C{i}", alpha=0.1, lw=0)
+            else:
+                style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8}
+                shift = 0 if numeric else 0.08 * (i - (len(lines) - 1) / 2)  # beside each other
+                axes.errorbar([place[v] + shift for v in at], mean, error, color=f"C{i}", label=name, **style)
+        if numeric and max(positive, default=1) >= 10 * min(positive, default=1):
+            axes.set_xscale("symlog", linthresh=min(positive)) if 0 in values else axes.set_xscale("log")
+        elif not numeric:
+            axes.set_xticks([*place.values()], [str(v) for v in place])
+            axes.margins(x=0.3 / len(values) + 0.05)
+        axes.set(xlabel=over, ylabel=measure)
+        low, high = axes.get_ylim()
+        if low > 0 and high > 10 * low:
+            axes.set_yscale("log")
+            axes.yaxis.set(
+                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=""
+            )
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    runs = [run for points in lines.values() for found in points.values() for run in found]
+    seeds = sorted({run["seed"] for run in runs})
+    features = ", ".join(sorted({run["fid_features"] for run in runs}))
+    figure.suptitle(f"seeds {seeds}, mean and standard error; FID features: {features}", fontsize="medium")
+    save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The paper's evidence that F has rank 1: Figures 1 to 3, and a VAE, whose F should not. Each function gives
+# the numbers, which become the JSON, and the picture. `draws(t, end)`: samples at timesteps t..end-1, the
+# same images with the same noise for each t.
+
+TIMES = (*range(0, NUM_STEPS, 50), NUM_STEPS - 1)
+
+
+def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
+    """MSE(x_t, sqrt(1 - abar_t) eps_hat), and where Proposition 1 has it.
+
+    Tweedie: for the best denoiser, x_t - sqrt(1 - abar_t) eps_hat = sqrt(abar_t) E[x_0 | x_t, y]. At high
+    noise that expectation is the class's mean image, at low noise x_0 itself: the MSE lies between
+    abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2], means over pixels, and vanishes with abar_t.
+    """
+    abar = alphas_cumprod(torch.device("cpu"))
+    classes = [to_float(data.x[data.y == c]) for c in data.y.unique()]
+    share = [len(images) / len(data.y) for images in classes]
+    mean_image = sum(s * float(images.mean(0).square().mean()) for s, images in zip(share, classes))
+    any_image = sum(s * float(images.square().mean()) for s, images in zip(share, classes))
+    found = {"t": [*TIMES], "mse": [], "high noise": [], "low noise": []}
+    for t in TIMES:
+        errors = []
+        for x0, ts, eps, y in draws(t, t + 1):
+            x_t = add_noise(x0, ts, eps)
+            with torch.no_grad():
+                rescaled = (1 - abar[t]).sqrt() * model(x_t, ts, y)
+            errors.append((x_t - rescaled).square().flatten(1).mean(1))
+        found["mse"].append(float(torch.cat(errors).mean()))
+        found["high noise"].append(float(abar[t]) * mean_image)
+        found["low noise"].append(float(abar[t]) * any_image)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        TIMES, found["mse"], "o-", ms=4, label=r"measured: MSE($x_t$, $\sqrt{1-\bar\alpha_t}\,\hat\epsilon$)"
+    )
+    axes.plot(TIMES, found["high noise"], "--", label=r"Prop. 1, high noise: $\bar\alpha_t\,E[E[x_0|y]^2]$")
+    axes.plot(TIMES, found["low noise"], ":", label=r"low noise: $\bar\alpha_t\,E[x_0^2]$")
+    axes.set(xlabel="timestep t", ylabel="MSE", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    return found, figure
+
+
+def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> tuple[dict, Tensor]:
+    """What N single gradients g_i (N, D) say about F = E[g g^T], without a D x D matrix; and mu (D,).
+
+    error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five. cos: |cos(g_i, mu)| (N,).
+    """
+    G = torch.cat([*gradients(model, draws, loss)])
+    values, (top,) = eigenpairs(G, 1)
+    mu = G.mean(0)
+    norm, along = float(mu.norm()), G @ mu  # (N,) g_i^T mu
+    second_moment = float(along.square().mean())  # mu^T F mu
+    diagonal = G.norm(dim=0).square() / len(G)
+    F_squared, c_star = float(values.square().sum()), second_moment / norm**4
+    squared = {  # ||F - c mu mu^T||^2 = ||F||^2 - 2 c mu^T F mu + c^2 ||mu||^4
+        "diagonal": F_squared - float(diagonal.square().sum()),
+        "mu mu^T": F_squared - 2 * second_moment + norm**4,
+        "c* mu mu^T": F_squared - second_moment**2 / norm**4,
+        "best of rank 1": float(values[1:].square().sum()),
+    }
+    return {
+        "c_star": c_star,
+        "mu_norm": norm,
+        "energy": c_star * norm**2,
+        "trace": float(values.sum()),
+        "eigenvalues": values[:5].tolist(),
+        "top_share": float(values[0] / values.sum()),
+        "cos_mu_top": abs(float(top @ mu)) / norm,
+        "error": {name: math.sqrt(max(v, 0) / F_squared) for name, v in squared.items()},
+        "cos": [round(v, 4) for v in (along.abs() / (norm * G.norm(dim=1))).tolist()],
+    }, mu
+
+
+def figure_2(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
+    """|cos(g_i, mu_t)|, samples x timesteps, and its mean over the samples above."""
+    found = {"t": [*TIMES], "cos": []}
+    for t in tqdm(TIMES, desc="gradients", unit="timestep", **BAR):
+        found["cos"].append(geometry(model, draws(t, t + 1))[0]["cos"])
+    cos = np.array(found["cos"]).T  # (samples, timesteps)
+    found["mean"] = cos.mean(0).tolist()
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    above, axes = figure.subplots(2, sharex=True, height_ratios=(1, 2.5))
+    above.plot(TIMES, found["mean"], "o-", ms=4)
+    above.axhline(math.sqrt(1 / len(cos)), color="grey", ls=":", label="gradients at random")
+    above.set(ylim=(0, 1), ylabel="mean")
+    above.grid(alpha=0.3)
+    above.legend(fontsize="small")
+    edges = [0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS]
+    mesh = axes.pcolormesh(edges, range(len(cos) + 1), cos, vmin=0, vmax=1, rasterized=True)
+    axes.set(xlabel="timestep t", ylabel=f"{len(cos)} samples, class after class")
+    figure.colorbar(mesh, ax=axes, label=r"$|\cos(g_i, \mu_t)|$")
+    return found, figure
+
+
+def figure_3(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
+    """(a) pairwise cosine of mu_t, (b) F_t's top 5 eigenvalues, (c) lambda_2 / lambda_1, (d) rank 1's error."""
+    spans = [(t, t + 1) for t in TIMES] + [(0, NUM_STEPS)]
+    spans = tqdm(spans, desc="gradients", unit="timestep", **BAR)
+    found, mus = zip(*(geometry(model, draws(*span)) for span in spans))
+    for at in found:
+        del at["cos"]
+    found = {"t": [*TIMES], "at": found[:-1], "all timesteps": found[-1]}
+    mus = F.normalize(torch.stack(mus[:-1]))  # (timesteps, D)
+    found["cos_mu"] = (mus @ mus.T).tolist()
+    values = np.array([at["eigenvalues"] for at in found["at"]])  # (timesteps, 5)
+    found["ratio"] = (values[:, 1] / values[:, 0]).tolist()
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (a, b), (c, d) = figure.subplots(2, 2)
+    edges = [0, *((s + t) / 2 for s, t in pairwise(TIMES)), NUM_STEPS]
+    mesh = a.pcolormesh(edges, edges, np.array(found["cos_mu"]), vmin=-1, vmax=1, cmap="RdBu_r")
+    figure.colorbar(mesh, ax=a)
+    a.set(title=r"(a) $\cos(\mu_s, \mu_t)$", xlabel="timestep", ylabel="timestep", aspect="equal")
+    for j in range(5):
+        b.plot(TIMES, values[:, j], "o-", ms=3, label=rf"$\lambda_{j + 1}$")
+    b.set(title="(b) largest eigenvalues of $F_t$", xlabel="timestep", yscale="log")
+    c.plot(TIMES, found["ratio"], "o-", ms=4, label="measured")
+    c.plot(700, PUBLISHED_RATIO, "k*", ms=10, label=f"paper: {PUBLISHED_RATIO} at t = 700")
+    c.set(title=r"(c) $\lambda_2 / \lambda_1$", xlabel="timestep", ylim=(0, 1))
+    for name in found["at"][0]["error"]:
+        d.plot(TIMES, [at["error"][name] for at in found["at"]], "o-", ms=4, label=name)
+    d.set(title=r"(d) $\|F_t - \mathrm{approximation}\| / \|F_t\|$", xlabel="timestep", ylim=(0, 1.05))
+    for axes in (b, c, d):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return found, figure
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of two hidden layers, forward(x, eps) -> its image, mean, log variance.
+
+    x (B, pixels) in [-1, 1]; eps (B, 8) the noise of the latent vector (arXiv 1312.6114).
+    """
+
+    latent = 8
+
+    def __init__(self, pixels: int, hidden: int = 128):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, 2 * self.latent))
+        self.decode = nn.Sequential(nn.Linear(self.latent, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_var = self.encode(x).chunk(2, 1)
+        return self.decode(mean + (log_var / 2).exp() * eps), mean, log_var
+
+
+def vae_losses(kl_weight: float, vae: VAE, draw: Iterable[Tensor], theta: dict[str, Tensor]) -> Tensor:
+    """Per sample (B,): squared error, mean over pixels, + weight x KL divergence from N(0, 1), sum."""
+    x, eps = draw
+    image, mean, log_var = functional_call(vae, theta, (x, eps))
+    kl = (mean.square() + log_var.exp() - 1 - log_var).sum(1) / 2
+    return (image - x).square().mean(1) + kl_weight * kl
+
+
+def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
+    """The share of F's trace in its top eigenvalue: of VAEs trained on the same images, and of the DDPM."""
+    found, device = {}, next(model.parameters()).device
+    generator = rng(0, "vae", 0, device)
+    for kl_weight in (1.0, 1e-3):
+        torch.manual_seed(0)
+        vae = VAE(data.x[0].numel()).to(device)
+        optimizer, loss = torch.optim.Adam(vae.parameters(), lr=1e-3), partial(vae_losses, kl_weight)
+
+        def draw(index: Tensor) -> tuple[Tensor, Tensor]:
+            x = to_float(data.x[index].to(device)).flatten(1)
+            return x, torch.randn(len(x), VAE.latent, generator=generator, device=device)
+
+        for _ in tqdm(range(VAE_STEPS), desc=f"VAE, KL x {kl_weight:g}", unit="step", leave=False, **BAR):
+            index = torch.randint(len(data.y), (128,), generator=generator, device=device).cpu()
+            value = loss(vae, draw(index), dict(vae.named_parameters())).mean()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
+        found[f"VAE, KL x {kl_weight:g}"] = geometry(vae, [draw(spread)], loss)[0] | {"loss": float(value)}
+    for name, when in {"all t": (0, NUM_STEPS), "t = 100": (100, 101), "t = 700": (700, 701)}.items():
+        found[f"DDPM, {name}"] = geometry(model, draws(*when))[0]
+    for at in found.values():
+        del at["cos"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.bar([*found], [at["top_share"] for at in found.values()], width=0.6, label="here")
+    axes.bar_label(bars, fmt="{:.0%}")
+    axes.plot(
+        [PUBLISHED_SHARE.get(name, PUBLISHED_SHARE["DDPM"]) for name in found],
+        "k*",
+        ms=10,
+        ls="none",
+        label="paper, about",
+    )
+    axes.set(ylabel="top eigenvalue's share of F's trace", ylim=(0, 1.1))
+    axes.tick_params(axis="x", labelsize="small")
+    axes.legend(loc="upper left")
+    return found, figure
+
+
+VAE_STEPS = 3000
+PUBLISHED_RATIO = 0.022  # lambda_2 / lambda_1 at t = 700
+PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}
+FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": vae_control}
+
+
+def paint_figure(cfg: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """cfg.figure of the model in cfg.out, to cfg.to .png and .json."""
+    model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
+    try:
+        model.load_state_dict(torch.load(cfg.out / "model.pt", map_location="cpu", weights_only=True))
+    except DAMAGED as error:
+        stop(
+            f"{cfg.out / 'model.pt'} is missing or damaged ({type(error).__name__}): --fresh trains it again"
+        )
+    model = model.to(device).eval()
+    weights = sum(p.numel() for p in model.parameters())
+    n = min(GRADIENTS, GRADIENT_FLOATS // weights)
+    x, y = data.x.to(device), data.y.to(device)
+
+    def draws(first: int, end: int) -> Iterator[tuple]:
+        return fisher_draws(x, y, n, SAMPLE_BATCH, rng(cfg.seed, "figure", 0, device), (first, end))
+
+    found, figure = FIGURES[cfg.figure](model, draws, data)
+    of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}: {weights:,} weights"
+    figure.suptitle(f"{of}, {n} samples a timestep", fontsize="medium")
+    to = cfg.to or Path("results") / f"figure{cfg.figure}-{cfg.dataset}"
+    write_json(Path(f"{to}.json"), {"figure": cfg.figure, "samples": n, "config": settings_of(cfg)} | found)
+    save_figure(figure, Path(f"{to}.png"))
+    print(f"In {to}.png, {to}.json")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line.
 
 
@@ -1434,8 +1868,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = stop
     add, positive = parser.add_argument, number(int, 1)
     add("--dataset", choices=DATASETS, default="digits")
-    add("--method", choices=METHODS, default="rank1")
+    add("--method", choices=METHODS, help="a row of Table 1, or rank2 .. (default: rank1; for figures joint)")
+    add("--small", action="store_true", help="a small network and one epoch a task: under an hour on a CPU")
     add("--lam", type=number(float, 0), help="lambda, the penalty's weight")
+    add(
+        "--curvature",
+        type=number(float, 0, above=True),
+        help="choose lambda so that the first task's penalty adds this curvature, lambda c* ||mu||^2",
+    )
+    add("--form", choices=("proximal",), help="the penalty as a proximal step after each of Adam's")
     add("--seed", type=number(int, 0), default=0)
     add("--epochs", type=positive, help="epochs a task")
     add("--batch-size", type=positive, help="real images a step; as many replayed ones come on top")
@@ -1447,6 +1888,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--replay-per-class", type=positive, help="images of each old class that the teacher paints")
     add("--sample-steps", type=number(int, 1, NUM_STEPS), help="DDIM steps")
     add("--fisher-samples", type=positive, help="samples of a Fisher (default: the task's images, once each)")
+    add("--fisher-from", type=number(int, 0, NUM_STEPS - 1), help="smallest timestep of these samples")
+    add("--ema", type=number(float, 0, 1), help="the teacher: weights averaged with this decay, not the last")
     add(
         "--limit",
         type=positive,
@@ -1458,18 +1901,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps (untested)")
     add("--checkpoint-epochs", type=positive, help="epochs between two checkpoints")
     add("--fresh", action="store_true", help="start over, not go on: gives up the run that is in OUT")
-    add("--plot-sweep", type=Path, metavar="RUNS", help="train nothing: plot the RUNS over lambda, to OUT")
+    add("--figure", choices=FIGURES, help="of the model in OUT, which is trained first if it is not there")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="train nothing: plot these runs over OVER")
+    add("--over", metavar="SETTING", default="lam", help="as lam, method, replay_per_class, curvature")
+    add("--to", type=Path, help="name of a figure's files without .png and .json (default: results/..)")
     add("--report", type=Path, metavar="RUNS", help="train nothing: Table 1, Figures 4 and 5 of all RUNS")
     add("--needs", type=Path, metavar="FILE", help="train nothing: the hours and disk of every run, as JSON")
     cfg = parser.parse_args(argv)
-    if cfg.limit and cfg.replay_per_class is None:
-        cfg.replay_per_class = min(cfg.limit, DATASETS[cfg.dataset]["replay_per_class"])
-    for name, value in DATASETS[cfg.dataset].items():
+    cfg.method = cfg.method or ("joint" if cfg.figure else "rank1")
+    small = (cfg.small or cfg.figure) and cfg.dataset != "digits"
+    row = DATASETS[cfg.dataset] | (SMALL_32 if small else {})
+    if cfg.limit:
+        row["replay_per_class"] = min(cfg.limit, row["replay_per_class"])
+    low_rank = METHODS[cfg.method].penalty is LowRankPenalty
+    if cfg.curvature and (cfg.lam is not None or not low_rank):
+        stop("--curvature chooses lambda for the rank methods: leave out --lam, or --curvature")
+    if cfg.curvature or METHODS[cfg.method].penalty is None:
+        cfg.lam = 0.0
+    for name, value in row.items():
         if getattr(cfg, name, None) is None:
             setattr(cfg, name, value)
-    if METHODS[cfg.method].penalty is None:
-        cfg.lam = 0.0
-    cfg.out = cfg.out or Path("runs") / cfg.dataset / f"{cfg.method}-seed{cfg.seed}"
+    folder = f"{cfg.dataset}-small" if small else cfg.dataset
+    cfg.out = cfg.out or Path("runs") / folder / f"{cfg.method}-seed{cfg.seed}"
     multiple = math.lcm(max(1, cfg.channels[0] // 4), HEAD_CHANNELS)
     if any(c % multiple for c in cfg.channels):
         stop(f"--channels {cfg.channels} must be multiples of {multiple}, for the norm groups and attention")
@@ -1498,8 +1951,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     try:
         if cfg.report:
             return report(cfg.report)
-        if cfg.plot_sweep:
-            return plot_sweep(cfg.plot_sweep, cfg.out)
+        if cfg.compare:
+            return compare(cfg.compare, cfg.over, cfg.to or Path("results") / f"compare-{cfg.over}")
         device = find_device(cfg.device)
         cfg.device = device.type
         if cfg.needs:
@@ -1510,6 +1963,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         finished, path = cfg.out / "result.json", cfg.out / "checkpoint.pt"
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
+            if cfg.figure:  # whatever was trained there
+                vars(cfg).update(result["config"] | {"device": device.type})
+                return paint_figure(cfg, LOADERS[cfg.dataset](cfg.data_dir), device)
             refuse_other(result["config"], cfg, finished)
             print(table(result), f"{finished} is of a finished run (--fresh starts it over)", sep="\n")
             return result
@@ -1550,6 +2006,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
     print(table(result))
+    if cfg.figure:
+        return paint_figure(cfg, data, device)
     pictures = "samples-task*.png, checkpoint.pt (which may now be removed)"
     print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {pictures}")
     return result
