@@ -9,11 +9,11 @@ SEEDS ?= 0 1 2
 RUNS ?= runs
 DATA ?= data
 EXTRA ?=
-LAMS ?= 0 10 100 1000 3000 15000
-SWEPT ?= rank1
+LAMS ?= 100 1000 10000
+DATASET ?= digits
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -52,18 +52,57 @@ fig5: report  ## Figure 5 of all runs in RUNS, as figure5-<dataset>.png
 report: .venv/installed
 	$(RUN) --report $(RUNS)
 
-FEW := --channels 16,32,32,32 --layers-per-block 1 --epochs 1 --batch-size 16 --lr 2e-3 --lr-decay linear --dropout 0 \
-  --lam 10 --replay-per-class 200 --sample-steps 10 --fisher-samples 4000 --fid classifier
 fashion-small:  ## FashionMNIST (DATA=its folder), small network, one epoch, to results/table1: two hours on a CPU
-	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 RUNS=results/table1 EXTRA="$(FEW) $(EXTRA)"
+	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 RUNS=results/table1 EXTRA="--small $(EXTRA)"
 
-# What the paper leaves open.
-SWEEP := $(foreach m,$(SWEPT),$(foreach l,$(LAMS),sweep/$(m)/$(l)))
-sweep: $(SWEEP)  ## lambda from 0 up on digits, on a seed that is not reported, to results/sweep-digits
-	$(RUN) --plot-sweep sweep --out results/sweep-digits
+fig1 fig2 fig3: .venv/installed  ## Figures 1 to 3, to results/, of a small model of DATASET (digits), trained first
+	$(RUN) --figure $(subst fig,,$@) --dataset $(DATASET) --data-dir $(DATA) $(EXTRA)
 
-$(SWEEP): | .venv/installed
-	$(RUN) --method $(notdir $(@D)) --lam $(@F) --seed 100 --out $@ $(EXTRA)
+vae: .venv/installed  ## the control: is the Fisher of a VAE on the same data of rank 1?
+	$(RUN) --figure vae --dataset $(DATASET) --data-dir $(DATA) $(EXTRA)
+
+# What the paper leaves open, on digits. A run's folder is its flags: rank1+lam=10+seed=0.
+study = $(foreach flags,$(1),$(foreach s,$(SEEDS),$(RUNS)/studies/$(flags)+seed=$(s)))
+known = $(foreach m,$(1),$(foreach s,$(SEEDS),$(RUNS)/digits/$(m)-seed$(s)))
+
+lambda: $(call known,gd diag rank1) $(call study,rank4+lam=10 $(foreach l,$(LAMS),$(foreach m,rank1 diag rank4,$(m)+lam=$(l))))
+lambda:  ## AFID and forgetting over lambda, from 0 to far too much
+	$(RUN) --compare $^ --over lam --to results/lambda
+
+rank-k: $(call known,gd) $(call study,$(addsuffix +lam=1000,rank1 rank1-eig rank2 rank4 rank8))
+rank-k:  ## mu or F's top eigenvectors, 1, 2, 4, 8 of them
+	$(RUN) --compare $^ --over method --to results/rank-k
+
+decoupled: $(call known,gd) $(call study,$(foreach l,1000 10000,rank1+lam=$(l) rank1+lam=$(l)+form=proximal))
+decoupled:  ## the penalty in the loss against a proximal step after each of Adam's
+	$(RUN) --compare $^ --over lam --to results/decoupled
+
+mu: mu-samples mu-timesteps  ## how mu is estimated: from how many samples, and of which timesteps
+mu-samples: $(call known,gd) $(call study,$(addprefix rank1+lam=1000+fisher-samples=,64 200 1600) rank1+lam=1000)
+	$(RUN) --compare $^ --over fisher_samples --to results/mu-samples
+mu-timesteps: $(call known,gd) $(call study,rank1+lam=1000 rank1+lam=1000+fisher-from=500)
+	$(RUN) --compare $^ --over fisher_from --to results/mu-timesteps
+
+teacher: $(call known,gd) $(call study,gd+ema=0.99 gd+ema=0.999)
+teacher:  ## the teacher: the last weights, or their average
+	$(RUN) --compare $^ --over ema --to results/teacher
+
+pool: $(call known,gd) $(call study,rank1+lam=100 $(foreach p,10 50,gd+replay-per-class=$(p) rank1+lam=100+replay-per-class=$(p)))
+pool:  ## how many images the teacher paints of each class
+	$(RUN) --compare $^ --over replay_per_class --to results/pool
+
+OTHER = gd$(1) rank1$(1)+lam=1000 rank1$(1)+curvature=300
+FASHION = $(foreach flags,$(call OTHER,+dataset=fashion+small),$(RUNS)/studies/$(flags)+seed=$(firstword $(SEEDS)))
+SIZES = $(call known,gd) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l)) $(call OTHER,+channels=8$(comma)16))
+comma := ,
+curvature: $(SIZES) $(FASHION)
+	$(RUN) --compare $^ --over lam --to results/transfer-lambda
+	$(RUN) --compare $^ --over curvature --to results/transfer-curvature
+curvature:  ## does lambda, or the curvature it adds, carry over to another size and to FashionMNIST (DATA=folder)?
+
+$(RUNS)/studies/%: FORCE | .venv/installed
+	$(RUN) --method $(subst =, ,$(subst +, --,$*)) --data-dir $(DATA) --out $@ $(EXTRA)
+FORCE:
 
 converged: .venv/installed  ## twice the epochs for GD on the sweep's seed: is that baseline trained long enough?
 	$(RUN) --method gd --seed 100 --epochs 540 --out results/converged $(EXTRA)
@@ -71,5 +110,5 @@ converged: .venv/installed  ## twice the epochs for GD on the sweep's seed: is t
 needs: .venv/installed  ## hours and disk of every run on this machine, computed from its speed
 	$(RUN) --needs results/needs.json
 
-.PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small sweep
-.PHONY: converged needs $(EVERY_RUN) $(SWEEP)
+.PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
+.PHONY: lambda rank-k decoupled mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)

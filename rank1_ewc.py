@@ -1696,7 +1696,7 @@ def figure_2(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
 
 
 def figure_3(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
-    """(a) pairwise cosine of mu_t, (b) F_t's top 5 eigenvalues, (c) lambda_2 / lambda_1, (d) rank 1's error."""
+    """(a) pairwise cosine of mu_t, (b) F_t's top 5 eigenvalues, (c) lambda_2 / lambda_1, (d) the errors."""
     spans = [(t, t + 1) for t in TIMES] + [(0, NUM_STEPS)]
     spans = tqdm(spans, desc="gradients", unit="timestep", **BAR)
     found, mus = zip(*(geometry(model, draws(*span)) for span in spans))
@@ -1775,7 +1775,7 @@ def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Fi
             value.backward()
             optimizer.step()
         spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
-        found[f"VAE, KL x {kl_weight:g}"] = geometry(vae, [draw(spread)], loss)[0] | {"loss": float(value)}
+        found[f"VAE, KL x {kl_weight:g}"] = geometry(vae, [draw(spread)], loss)[0] | {"loss": value.item()}
     for name, when in {"all t": (0, NUM_STEPS), "t = 100": (100, 101), "t = 700": (700, 701)}.items():
         found[f"DDPM, {name}"] = geometry(model, draws(*when))[0]
     for at in found.values():

@@ -899,6 +899,23 @@ def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, m
     assert digits["gb_checkpoint"]["rank1"] == pytest.approx(8 * 4e-9 * weights, abs=0.001)
 
 
+@pytest.mark.parametrize("target", ["lambda", "rank-k", "decoupled", "mu", "teacher", "pool", "curvature"])
+def test_make_n_shows_a_studys_runs_named_by_their_flags_and_their_comparison(target):
+    command = ["make", "-n", "-o", ".venv/installed", target, "SEEDS=3", "RUNS=there"]
+    lines = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=True).stdout
+    cfgs = [r.parse_args(shlex.split(line)[2:]) for line in lines.splitlines() if "rank1_ewc.py" in line]
+    runs = [cfg for cfg in cfgs if not cfg.compare]
+    comparisons = [cfg for cfg in cfgs if cfg.compare]
+    assert {folder for cfg in comparisons for folder in cfg.compare} == {cfg.out for cfg in runs}
+    assert {cfg.seed for cfg in runs} == {3}
+    assert all(str(cfg.to).startswith("results/") for cfg in comparisons)
+    for cfg in runs:
+        flags = [flag.split("=") for flag in cfg.out.name.split("+")[1:] if flag != "small"]
+        for name, value in flags:
+            found = getattr(cfg, name.replace("-", "_"))
+            assert found == ([*map(int, value.split(","))] if name == "channels" else type(found)(value))
+
+
 @pytest.mark.parametrize("target", ["digits", "mnist", "fashion", "cifar10", "imagenet"])
 def test_make_n_shows_plain_commands_that_can_be_pasted(target):
     narrowed = ["METHODS=gd rank1-only", "SEEDS=3 4", "EXTRA=--epochs 5", "RUNS=there", "DATA=here"]
@@ -936,6 +953,172 @@ def test_cuda_and_the_cpu_find_the_same_mu_and_c_star():
     (mu, c_star), (mu_cuda, c_star_cuda) = found
     torch.testing.assert_close(mu, mu_cuda.cpu(), atol=1e-2 * float(mu.abs().max()), rtol=0)
     torch.testing.assert_close(c_star, c_star_cuda.cpu(), rtol=1e-2, atol=0)
+
+
+# ---- what the paper leaves open
+
+
+def test_curvature_chooses_the_lambda_that_adds_it_along_the_first_mu(tmp_path, monkeypatch):
+    result = run_main(tmp_path / "whole", "--curvature", "5")
+    assert result["lam"] * result["fisher"][0]["energy"] == pytest.approx(5)
+    assert r.curvatures(result)[0] == pytest.approx(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(r, "losses", raises_at_call(8, r.losses, KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_main(tmp_path / "stopped", "--curvature", "5")
+    run_main(tmp_path / "stopped", "--curvature", "5")
+    assert same_but_for_the_seconds(tmp_path / "stopped", tmp_path / "whole")
+    same = run_main(tmp_path / "lambda", "--lam", str(result["lam"]))
+    np.testing.assert_allclose(same["afid"], result["afid"], rtol=1e-6)
+
+
+def test_the_ema_teacher_is_the_average_of_the_weights_after_each_step(tmp_path, monkeypatch):
+    weights, teachers, losses, replay_pool = [], [], r.losses, r.replay_pool
+
+    def spy_losses(student, *args):
+        weights.append(r.flat(student.parameters()).clone())
+        return losses(student, *args)
+
+    def spy_pool(teacher, *args):
+        teachers.append((len(weights), r.flat(teacher.parameters()).clone()))
+        return replay_pool(teacher, *args)
+
+    monkeypatch.setattr(r, "losses", spy_losses)
+    monkeypatch.setattr(r, "replay_pool", spy_pool)
+    run_main(tmp_path, "--method", "gd", "--ema", "0.5")
+    steps, teacher = teachers[0]
+    average = weights[1]  # before a step are the weights after the one before it
+    for after in weights[2 : steps + 1]:
+        average = 0.5 * average + 0.5 * after
+    torch.testing.assert_close(teacher, average)
+    assert not torch.allclose(teacher, weights[steps])
+
+
+def test_fisher_from_takes_the_fishers_samples_from_the_noisier_timesteps(tmp_path, monkeypatch):
+    seen, fisher_draws = [], r.fisher_draws
+
+    def spy(*args):
+        for draw in fisher_draws(*args):
+            seen.append(draw[1])
+            yield draw
+
+    monkeypatch.setattr(r, "fisher_draws", spy)
+    run_main(tmp_path, "--fisher-from", "900")
+    t = torch.cat(seen)
+    assert (len(t), t.min() >= 900, t.max() > 990) == (2 * 4 * 200, True, True)
+
+
+def test_a_comparison_has_the_means_over_the_seeds_and_the_ratio_to_gd(tmp_path, capsys):
+    for seed, afid in enumerate((20.0, 26.0)):
+        hand_made_run(tmp_path / f"gd{seed}", "gd", seed, afid, 2.0)
+        for lam in (10.0, 1000.0):
+            fisher = [{"c_star": 4.0, "mu_norm": 0.5, "energy": 1.0}]
+            values = (tmp_path / f"rank1-{lam}-{seed}", "rank1", seed, afid * (1 + lam / 1000), 4.0)
+            hand_made_run(*values, fisher=fisher, lam=lam)
+    r.main(
+        ["--compare", *map(str, tmp_path.iterdir()), "--over", "lam", "--to", str(tmp_path / "new/lambda")]
+    )
+    found = json.loads((tmp_path / "new/lambda.json").read_text())
+    rows = {(row["line"], row["lam"]): row for row in found["rows"]}
+    assert set(rows) == {("gd", 0), ("rank1", 10), ("rank1", 1000)}
+    assert rows["gd", 0]["AFID"] == pytest.approx([23, 3])
+    assert rows["rank1", 1000]["AFID / gd's"] == pytest.approx([2, 0])
+    assert rows["rank1", 1000]["curvature, first task"] == [1000, 1000]
+    assert rows["rank1", 10]["seeds"] == [0, 1]
+    assert "46.00 ± 6.00" in capsys.readouterr().out
+    assert len(found["runs"]) == 6
+    assert torchvision.io.decode_image(str(tmp_path / "new/lambda.png")).float().std() > 1
+
+
+def test_a_comparison_draws_a_line_for_each_other_setting_that_differs(tmp_path):
+    for pool in (10, 50):
+        for ema in (None, 0.9):
+            hand_made_run(tmp_path / f"{pool}{ema}", "gd", 0, 20.0, 2.0, replay_per_class=pool, ema=ema)
+    r.main(
+        [
+            "--compare",
+            *map(str, tmp_path.iterdir()),
+            "--over",
+            "replay_per_class",
+            "--to",
+            str(tmp_path / "c"),
+        ]
+    )
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    lines = {(row["line"], row["replay_per_class"]) for row in rows}
+    assert lines == {(line, pool) for line in ("gd", "gd, ema 0.9") for pool in (10, 50)}
+
+
+@pytest.mark.parametrize("figure", r.FIGURES)
+def test_a_figure_is_painted_of_a_model_that_is_trained_first(tmp_path, monkeypatch, figure):
+    for name, value in {"TIMES": (100, 700), "GRADIENTS": 20, "VAE_STEPS": 5}.items():
+        monkeypatch.setattr(r, name, value)
+    run_main(tmp_path / "run", "--figure", figure, "--to", str(tmp_path / "new/figure"))
+    found = json.loads((tmp_path / "new/figure.json").read_text())
+    assert (found["samples"], found["config"]["method"], found["config"]["channels"]) == (20, "joint", [8])
+    if figure == "1":
+        assert [*map(len, (found["mse"], found["high noise"], found["low noise"]))] == [2, 2, 2]
+    if figure == "2":
+        assert np.array(found["cos"]).shape == (2, 20)
+        assert found["mean"] == pytest.approx(np.array(found["cos"]).mean(1).tolist())
+    if figure == "3":
+        assert np.array(found["cos_mu"]).diagonal() == pytest.approx([1, 1], abs=1e-5)
+        assert len(found["at"]) == len(found["ratio"]) == 2
+        assert found["all timesteps"]["c_star"] >= 1
+    if figure == "vae":
+        shares = {
+            name: at["top_share"] for name, at in found.items() if isinstance(at, dict) and "top_share" in at
+        }
+        assert set(shares) >= {"VAE, KL x 1", "VAE, KL x 0.001", "DDPM, all t"}
+        assert all(1 / 20 <= share <= 1 for share in shares.values())
+    assert torchvision.io.decode_image(str(tmp_path / "new/figure.png")).float().std() > 1
+
+
+def test_a_figure_of_any_finished_run_takes_its_settings_and_changes_nothing_there(tmp_path, uninterrupted):
+    before = contents(uninterrupted)
+    r.main(["--figure", "1", "--out", str(uninterrupted), "--to", str(tmp_path / "figure")])
+    config = json.loads((tmp_path / "figure.json").read_text())["config"]
+    assert (config["method"], config["channels"]) == ("rank1", [8])
+    assert contents(uninterrupted) == before
+
+
+def test_figure_1_of_the_best_denoiser_is_proposition_1(tmp_path):
+    grey = torch.tensor([40, 230], dtype=torch.uint8)  # two classes, of one image each
+    y = torch.arange(2).repeat_interleave(20)
+    images = grey[y][:, None, None, None].expand(-1, 1, 4, 4)
+
+    class Best(torch.nn.Module):
+        def forward(self, x_t, t, y):
+            abar = r.alphas_cumprod(CPU)[t][:, None, None, None]
+            return (x_t - abar.sqrt() * r.to_float(grey[y])[:, None, None, None]) / (1 - abar).sqrt()
+
+    def draws(first, end):
+        return r.fisher_draws(images, y, 40, 16, generator(), (first, end))
+
+    found, _ = r.figure_1(Best(), draws, r.Data(images, y, images, y))
+    assert found["mse"] == pytest.approx(found["high noise"], rel=1e-3)
+    assert found["high noise"] == pytest.approx(found["low noise"])
+    abar = r.alphas_cumprod(CPU)[list(found["t"])]
+    expected = abar * r.to_float(grey).square().mean()
+    assert found["low noise"] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_a_vaes_loss_is_squared_error_and_weighted_divergence_from_a_normal_distribution():
+    vae, x = r.VAE(12), torch.randn(5, 12, generator=generator())
+    eps, theta = torch.randn(5, 8, generator=generator(1)), dict(vae.named_parameters())
+    image, mean, log_var = vae(x, eps)
+    posterior = torch.distributions.Normal(mean, (log_var / 2).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    expected = (image - x).square().mean(1) + 0.3 * kl
+    torch.testing.assert_close(r.vae_losses(0.3, vae, (x, eps), theta), expected)
+
+
+def test_small_is_a_row_of_settings_that_flags_still_change_in_a_folder_of_its_own():
+    cfg = r.parse_args(["--dataset", "fashion", "--small", "--epochs", "3"])
+    assert (cfg.channels, cfg.epochs, str(cfg.out)) == ([16, 32, 32, 32], 3, "runs/fashion-small/rank1-seed0")
+    assert r.parse_args(["--figure", "1", "--dataset", "mnist"]).out == Path("runs/mnist-small/joint-seed0")
+    assert r.parse_args(["--dataset", "fashion"]).epochs == 200
+    assert r.parse_args(["--small"]).epochs == r.parse_args([]).epochs  # the digits are small
 
 
 # ---- runs that survive
@@ -1136,7 +1319,7 @@ def test_a_checkpoint_holds_no_replay_images_and_is_read_without_pickles(uninter
 # ---- the report
 
 
-def hand_made_run(folder, method, seed, afid, forgetting, **config):
+def hand_made_run(folder, method, seed, afid, forgetting, fisher=(), **config):
     """A result.json of two tasks as the script writes it, of no real run."""
     joint = method == "joint"
     fid = [[afid, afid]] if joint else [[5.0, None], [afid + forgetting, afid - forgetting]]
@@ -1153,7 +1336,7 @@ def hand_made_run(folder, method, seed, afid, forgetting, **config):
         "afid": [afid] if joint else [5.0, afid],
         "forgetting": None if joint else forgetting,
         "fid_real": [1.0, 1.0],
-        "fisher": [],
+        "fisher": [*fisher],
         "config": config,
         "versions": {},
         "seconds": {},
@@ -1178,7 +1361,8 @@ def test_the_report_has_means_errors_published_numbers_and_missing_cells(tmp_pat
     assert cells["joint"] == ["fashion", "joint", "1", "7.0", "-", "5.7 / -", "inception"]
     assert cells["rank1"] == ["fashion", "rank1", "0", "missing", "missing", "15.4 / 0.9", "inception"]
     assert cells["replay"][5] == "not known"
-    assert set(r.METHODS) < set(cells)
+    assert set(r.TABLE_1) < set(cells)
+    assert "rank4" not in cells  # not the paper's: only where there are runs
     assert "missing, no finished run: mnist, cifar10, imagenet32" in text
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "table1.csv").read_text().splitlines())}
     assert [float(rows["gd"][key]) for key in ("AFID", "AFID s.e.", "forgetting")] == pytest.approx(
