@@ -1646,12 +1646,13 @@ def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
 def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> tuple[dict, Tensor]:
     """What N single gradients g_i (N, D) say about F = E[g g^T], without a D x D matrix; and mu (D,).
 
-    error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five. cos: |cos(g_i, mu)| (N,).
+    error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five. mu_noise: what ||mu|| would
+    be if the gradients had no mean. cos: |cos(g_i, mu)| (N,); cos_top: its mean for the top eigenvector instead.
     """
     G = torch.cat([*gradients(model, draws, loss)])
     values, (top,) = eigenpairs(G, 1)
     mu = G.mean(0)
-    norm, along = float(mu.norm()), G @ mu  # (N,) g_i^T mu
+    norm, along, lengths = float(mu.norm()), G @ mu, G.norm(dim=1)  # (N,) g_i^T mu and ||g_i||
     second_moment = float(along.square().mean())  # mu^T F mu
     diagonal = G.norm(dim=0).square() / len(G)
     F_squared, c_star = float(values.square().sum()), second_moment / norm**4
@@ -1664,30 +1665,33 @@ def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_a
     return {
         "c_star": c_star,
         "mu_norm": norm,
+        "mu_noise": math.sqrt(float(values.sum()) / len(G)),
         "energy": c_star * norm**2,
         "trace": float(values.sum()),
         "eigenvalues": values[:5].tolist(),
         "top_share": float(values[0] / values.sum()),
         "cos_mu_top": abs(float(top @ mu)) / norm,
         "error": {name: math.sqrt(max(v, 0) / F_squared) for name, v in squared.items()},
-        "cos": [round(v, 4) for v in (along.abs() / (norm * G.norm(dim=1))).tolist()],
+        "cos_top": float(((G @ top).abs() / lengths).mean()),
+        "cos": [round(v, 4) for v in (along.abs() / (norm * lengths)).tolist()],
     }, mu
 
 
 def figure_2(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
-    """|cos(g_i, mu_t)|, samples x timesteps, and its mean over the samples above."""
-    found = {"t": [*TIMES], "cos": []}
-    for t in tqdm(TIMES, desc="gradients", unit="timestep", **BAR):
-        found["cos"].append(geometry(model, draws(t, t + 1))[0]["cos"])
+    """|cos(g_i, mu_t)|, samples x timesteps, and its mean above: also for F_t's top eigenvector."""
+    steps = tqdm(TIMES, desc="gradients", unit="timestep", **BAR)
+    at = [geometry(model, draws(t, t + 1))[0] for t in steps]
+    found = {"t": [*TIMES]} | {key: [v[key] for v in at] for key in ("cos", "cos_top")}
     cos = np.array(found["cos"]).T  # (samples, timesteps)
     found["mean"] = cos.mean(0).tolist()
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     above, axes = figure.subplots(2, sharex=True, height_ratios=(1, 2.5))
-    above.plot(TIMES, found["mean"], "o-", ms=4)
+    above.plot(TIMES, found["mean"], "o-", ms=4, label=r"$\mu_t$")
+    above.plot(TIMES, found["cos_top"], "s--", ms=3, label=r"top eigenvector of $F_t$")
     above.axhline(math.sqrt(1 / len(cos)), color="grey", ls=":", label="gradients at random")
-    above.set(ylim=(0, 1), ylabel="mean")
+    above.set(ylim=(0, 1), ylabel=r"mean $|\cos(g_i, \cdot)|$")
     above.grid(alpha=0.3)
-    above.legend(fontsize="small")
+    above.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     edges = [0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS]
     mesh = axes.pcolormesh(edges, range(len(cos) + 1), cos, vmin=0, vmax=1, rasterized=True)
     axes.set(xlabel="timestep t", ylabel=f"{len(cos)} samples, class after class")
@@ -1755,49 +1759,54 @@ def vae_losses(kl_weight: float, vae: VAE, draw: Iterable[Tensor], theta: dict[s
     return (image - x).square().mean(1) + kl_weight * kl
 
 
+def vae_draw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Flat images (B, pixels) in [-1, 1], and the noise of their latent vectors, on the generator's device."""
+    x = to_float(images.to(generator.device)).flatten(1)
+    return x, torch.randn(len(x), VAE.latent, generator=generator, device=x.device)
+
+
 def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
-    """The share of F's trace in its top eigenvalue: of VAEs trained on the same images, and of the DDPM."""
-    found, device = {}, next(model.parameters()).device
-    generator = rng(0, "vae", 0, device)
+    """The share of F's trace in its top eigenvalue: of VAEs as they learn the same images, and of the DDPM."""
+    found, device = {"steps": [*VAE_STEPS]}, next(model.parameters()).device
+    spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
     for kl_weight in (1.0, 1e-3):
+        generator, at = rng(0, "vae", 0, device), []
         torch.manual_seed(0)
         vae = VAE(data.x[0].numel()).to(device)
         optimizer, loss = torch.optim.Adam(vae.parameters(), lr=1e-3), partial(vae_losses, kl_weight)
 
-        def draw(index: Tensor) -> tuple[Tensor, Tensor]:
-            x = to_float(data.x[index].to(device)).flatten(1)
-            return x, torch.randn(len(x), VAE.latent, generator=generator, device=device)
-
-        for _ in tqdm(range(VAE_STEPS), desc=f"VAE, KL x {kl_weight:g}", unit="step", leave=False, **BAR):
+        name = f"VAE, KL x {kl_weight:g}"
+        for step in tqdm(range(VAE_STEPS[-1] + 1), desc=name, unit="step", leave=False, **BAR):
+            if step in VAE_STEPS:
+                at.append(geometry(vae, [vae_draw(data.x[spread], generator)], loss)[0])
             index = torch.randint(len(data.y), (128,), generator=generator, device=device).cpu()
-            value = loss(vae, draw(index), dict(vae.named_parameters())).mean()
+            value = loss(vae, vae_draw(data.x[index], generator), dict(vae.named_parameters())).mean()
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-        spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
-        found[f"VAE, KL x {kl_weight:g}"] = geometry(vae, [draw(spread)], loss)[0] | {"loss": value.item()}
+        found[name] = at
     for name, when in {"all t": (0, NUM_STEPS), "t = 100": (100, 101), "t = 700": (700, 701)}.items():
-        found[f"DDPM, {name}"] = geometry(model, draws(*when))[0]
-    for at in found.values():
-        del at["cos"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+        found[f"DDPM, {name}"] = [geometry(model, draws(*when))[0]]
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    bars = axes.bar([*found], [at["top_share"] for at in found.values()], width=0.6, label="here")
-    axes.bar_label(bars, fmt="{:.0%}")
-    axes.plot(
-        [PUBLISHED_SHARE.get(name, PUBLISHED_SHARE["DDPM"]) for name in found],
-        "k*",
-        ms=10,
-        ls="none",
-        label="paper, about",
-    )
-    axes.set(ylabel="top eigenvalue's share of F's trace", ylim=(0, 1.1))
-    axes.tick_params(axis="x", labelsize="small")
-    axes.legend(loc="upper left")
+    for i, (name, at) in enumerate([*found.items()][1:]):
+        shares = [v["top_share"] for v in at]
+        if len(at) > 1:
+            axes.plot(VAE_STEPS, shares, "o-", ms=4, color=f"C{i}", label=name)
+        else:
+            axes.axhline(shares[0], ls="--", color=f"C{i}", label=f"{name}, trained")
+        for v in at:
+            del v["cos"]
+    for (name, share), color in zip(PUBLISHED_SHARE.items(), ("C0", "C1", "k")):
+        axes.plot(VAE_STEPS[-1], share, "*", ms=12, color=color, label=f"{name}: paper, about {share:.0%}")
+    axes.set(xlabel="the VAE's training steps", ylabel="top eigenvalue's share of F's trace", ylim=(0, 1.05))
+    axes.set_xscale("symlog", linthresh=VAE_STEPS[1])
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize="small")
     return found, figure
 
 
-VAE_STEPS = 3000
+VAE_STEPS = (0, 30, 100, 300, 1000, 3000)
 PUBLISHED_RATIO = 0.022  # lambda_2 / lambda_1 at t = 700
 PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}
 FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": vae_control}
