@@ -1391,6 +1391,8 @@ def report(folder: Path) -> None:
             row = {"dataset": dataset, "method": method, "seeds": len(results)}
             for name, values in columns.items():
                 row[name], row[f"{name} s.e."] = mean_and_error(values) if values else (math.nan, math.nan)
+            found = [v for result in results for v in curvatures(result)]
+            row["curvature"] = f"{np.mean(found):.2g}" if found else "-"
             row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
             rows.append(row | {"FID features": config["fid_features"]})
         paper = DATASETS[dataset] if published else PAPER
@@ -1413,7 +1415,7 @@ def report(folder: Path) -> None:
 
     columns = [name for name in rows[0] if not name.endswith("s.e.")]
     lines = markdown([columns, *([cell(row, name) for name in columns] for row in rows)])
-    about = "Mean ± standard error over the seeds; lower is better."
+    about = "Mean ± standard error over the seeds; lower is better. Curvature: lambda c* ||mu||^2 on average."
     text = "\n".join([lines, "", about, *(f"- {note}" for note in notes), ""])
     print(text)
     with whole(folder / "table1.md") as temporary:
@@ -1647,7 +1649,7 @@ def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_a
     """What N single gradients g_i (N, D) say about F = E[g g^T], without a D x D matrix; and mu (D,).
 
     error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five. mu_noise: what ||mu|| would
-    be if the gradients had no mean. cos: |cos(g_i, mu)| (N,); cos_top: its mean for the top eigenvector instead.
+    be if the gradients had no mean. cos: |cos(g_i, mu)| (N,); cos_top: its mean for the top eigenvector.
     """
     G = torch.cat([*gradients(model, draws, loss)])
     values, (top,) = eigenpairs(G, 1)
@@ -1760,13 +1762,13 @@ def vae_losses(kl_weight: float, vae: VAE, draw: Iterable[Tensor], theta: dict[s
 
 
 def vae_draw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Flat images (B, pixels) in [-1, 1], and the noise of their latent vectors, on the generator's device."""
+    """Flat images (B, pixels) in [-1, 1] and noise for their latent vectors, on the generator's device."""
     x = to_float(images.to(generator.device)).flatten(1)
     return x, torch.randn(len(x), VAE.latent, generator=generator, device=x.device)
 
 
 def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
-    """The share of F's trace in its top eigenvalue: of VAEs as they learn the same images, and of the DDPM."""
+    """The share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
     found, device = {"steps": [*VAE_STEPS]}, next(model.parameters()).device
     spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
     for kl_weight in (1.0, 1e-3):

@@ -1357,6 +1357,8 @@ def test_the_report_has_means_errors_published_numbers_and_missing_cells(tmp_pat
     hand_made_run(tmp_path / "a", "gd", 0, 20.0, 2.0)
     hand_made_run(tmp_path / "b", "gd", 1, 26.0, 5.0)
     hand_made_run(tmp_path / "c", "joint", 0, 7.0, 0.0)
+    fisher = [{"energy": 1.0}, {"energy": 2.0}]
+    hand_made_run(tmp_path / "d", "rank1-only", 0, 60.0, 50.0, fisher=fisher, lam=10.0)
     r.main(["--report", str(tmp_path)])
     text = (tmp_path / "table1.md").read_text()
     assert text in capsys.readouterr().out
@@ -1365,10 +1367,11 @@ def test_the_report_has_means_errors_published_numbers_and_missing_cells(tmp_pat
         for row in ([c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines())
         if row[1:]
     }
-    assert cells["gd"] == ["fashion", "gd", "2", "23.0 ± 3.0", "3.5 ± 1.5", "19.1 / 3.9", "inception"]
-    assert cells["joint"] == ["fashion", "joint", "1", "7.0", "-", "5.7 / -", "inception"]
-    assert cells["rank1"] == ["fashion", "rank1", "0", "missing", "missing", "15.4 / 0.9", "inception"]
-    assert cells["replay"][5] == "not known"
+    assert cells["gd"] == ["fashion", "gd", "2", "23.0 ± 3.0", "3.5 ± 1.5", "-", "19.1 / 3.9", "inception"]
+    assert cells["joint"] == ["fashion", "joint", "1", "7.0", "-", "-", "5.7 / -", "inception"]
+    assert cells["rank1"] == ["fashion", "rank1", "0", "missing", "missing", "-", "15.4 / 0.9", "inception"]
+    assert cells["rank1-only"][5:7] == ["15", "not known"]
+    assert cells["replay"][6] == "not known"
     assert set(r.TABLE_1) < set(cells)
     assert "rank4" not in cells  # not the paper's: only where there are runs
     assert "missing, no finished run: mnist, cifar10, imagenet32" in text
