@@ -11,6 +11,7 @@ DATA ?= data
 EXTRA ?=
 LAMS ?= 100 1000 10000
 DATASET ?= digits
+STUDIES ?= $(RUNS)/studies
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +63,13 @@ vae: .venv/installed  ## the control: is the Fisher of a VAE on the same data of
 	$(RUN) --figure vae --dataset $(DATASET) --data-dir $(DATA) $(EXTRA)
 
 # What the paper leaves open, on digits. A run's folder is its flags: rank1+lam=10+seed=0.
-study = $(foreach flags,$(1),$(foreach s,$(SEEDS),$(RUNS)/studies/$(flags)+seed=$(s)))
+study = $(foreach flags,$(1),$(foreach s,$(SEEDS),$(STUDIES)/$(flags)+seed=$(s)))
 known = $(foreach m,$(1),$(foreach s,$(SEEDS),$(RUNS)/digits/$(m)-seed$(s)))
+
+# Folders of one seed, of the same model trained for less long, and as the paper trains.
+LEARNED = $(foreach f,+epochs=3 +epochs=27 +lr=2e-4+lr-decay=none,$(STUDIES)/joint$(f)+seed=0)
+fig3-training: $(LEARNED)  ## Figure 3 of models that have learned less: does convergence decide what it shows?
+	$(foreach d,$^,$(RUN) --figure 3 --out $(d) --to results/figure3-$(notdir $(d)) &&) true
 
 lambda: $(call known,gd diag rank1) $(call study,rank4+lam=10 $(foreach l,$(LAMS),$(foreach m,rank1 diag rank4,$(m)+lam=$(l))))
 lambda:  ## AFID and forgetting over lambda, from 0 to far too much
@@ -92,7 +98,7 @@ pool:  ## how many images the teacher paints of each class
 	$(RUN) --compare $^ --over replay_per_class --to results/pool
 
 OTHER = gd$(1) rank1$(1)+lam=1000 rank1$(1)+curvature=300
-FASHION = $(foreach flags,$(call OTHER,+dataset=fashion+small),$(RUNS)/studies/$(flags)+seed=$(firstword $(SEEDS)))
+FASHION = $(foreach flags,$(call OTHER,+dataset=fashion+small),$(STUDIES)/$(flags)+seed=$(firstword $(SEEDS)))
 SIZES = $(call known,gd) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l)) $(call OTHER,+channels=8$(comma)16))
 comma := ,
 curvature: $(SIZES) $(FASHION)
@@ -100,7 +106,7 @@ curvature: $(SIZES) $(FASHION)
 	$(RUN) --compare $^ --over curvature --to results/transfer-curvature
 curvature:  ## does lambda, or the curvature it adds, carry over to another size and to FashionMNIST (DATA=folder)?
 
-$(RUNS)/studies/%: FORCE | .venv/installed
+$(STUDIES)/%: FORCE | .venv/installed
 	$(RUN) --method $(subst =, ,$(subst +, --,$*)) --data-dir $(DATA) --out $@ $(EXTRA)
 FORCE:
 
@@ -111,4 +117,4 @@ needs: .venv/installed  ## hours and disk of every run on this machine, computed
 	$(RUN) --needs results/needs.json
 
 .PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
-.PHONY: lambda rank-k decoupled mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)
+.PHONY: fig3-training lambda rank-k decoupled mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)

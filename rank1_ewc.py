@@ -1415,7 +1415,7 @@ def report(folder: Path) -> None:
 
     columns = [name for name in rows[0] if not name.endswith("s.e.")]
     lines = markdown([columns, *([cell(row, name) for name in columns] for row in rows)])
-    about = "Mean ± standard error over the seeds; lower is better. Curvature: lambda c* ||mu||^2 on average."
+    about = "Mean ± standard error over the seeds; lower is better. Curvature: mean lambda c* ||mu||^2."
     text = "\n".join([lines, "", about, *(f"- {note}" for note in notes), ""])
     print(text)
     with whole(folder / "table1.md") as temporary:
@@ -1521,53 +1521,49 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         other = [f"{n} {value(run, n)}" for n in sorted(several) if value(run, n) is not None]
         name = ", ".join(([] if over == "method" else [run["method"]]) + other)
         lines.setdefault(name, {}).setdefault(value(run, over), []).append(run)
-        for measure, of in MEASURES.items():
-            run[measure] = of(run)
         base = gd.get((run["seed"], same_but(OF_PENALTY, run)))
-        run["AFID / gd's"] = run["AFID"] / base["afid"][-1] if base else None
+        run |= {measure: of(run) for measure, of in MEASURES.items()}
+        run |= {"AFID / gd's": run["AFID"] / base["afid"][-1] if base else None}
+        run |= {"curvature, task 1": next(iter(curvatures(run)), None)}
+        run |= {f"{part} s": run["seconds"].get(part, 0.0) for part in ("train", "sample", "fisher")}
+        run |= {"peak MB": run.get("peak_mb")}
+    measures = [*MEASURES, "AFID / gd's", "curvature, task 1", "train s", "sample s", "fisher s", "peak MB"]
+
+    def summary(values: list) -> dict:
+        mean, error = (None if math.isnan(v) else float(v) for v in mean_and_error(values))
+        return {"mean": mean, "error": error, "each": values}
 
     rows = []
     for name, points in lines.items():
         for at, found in points.items():
-            row = {"line": name, over: at, "seeds": sorted(run["seed"] for run in found)}
-            for measure in (*MEASURES, "AFID / gd's"):
-                mean, error = mean_and_error([run[measure] for run in found])
-                row[measure] = [None if math.isnan(v) else float(v) for v in (mean, error)]
-            row["curvature, first task"] = [v for run in found for v in curvatures(run)[:1]]
-            for part in ("train", "sample", "fisher"):
-                row[f"{part} s"] = [run["seconds"].get(part, 0) for run in found]
-            row["peak MB"] = [run.get("peak_mb") for run in found]
-            rows.append(row)
-
-    def cell(v) -> str:
-        if isinstance(v, list):
-            known = [x for x in v if x is not None]
-            return f"{np.mean(known):.3g}" if known else "-"
-        return f"{v:g}" if isinstance(v, float) else str(v)
-
-    def measured(row: dict, name: str) -> str:
-        mean, error = row[name]
-        return "-" if mean is None else f"{mean:.2f}" + (f" ± {error:.2f}" if error is not None else "")
-
-    names, shown = [*rows[0]][3:], [*MEASURES, "AFID / gd's"]
-    text = [["line", over, "seeds", *names]]
-    for row in rows:
-        numbers = [measured(row, n) if n in shown else cell(row[n]) for n in names]
-        text.append([row["line"], cell(row[over]), str(len(row["seeds"])), *numbers])
-    print(markdown(text))
-    write_json(Path(f"{to}.json"), {"over": over, "rows": rows, "runs": runs})
-    plot_lines(lines, over, shown, Path(f"{to}.png"))
+            rows.append({"line": name, over: at, "seeds": [run["seed"] for run in found]})
+            rows[-1] |= {measure: summary([run[measure] for run in found]) for measure in measures}
+    print(markdown([["line", over, "seeds", *measures], *(cells(row, over, measures) for row in rows)]))
+    write_json(Path(f"{to}.json"), {"over": over, "rows": rows})
+    plot_lines(lines, over, Path(f"{to}.png"))
     print(f"In {to}.png, {to}.json")
 
 
-def plot_lines(lines: dict[str, dict], over: str, measures: list[str], path: Path) -> None:
+def cells(row: dict, over: str, measures: Sequence[str]) -> list[str]:
+    """A row of the printed table: each mean with its standard error."""
+
+    def cell(mean: float | None, error: float | None) -> str:
+        digits = 2 if abs(mean or 0) < 3 else 1
+        return "-" if mean is None else f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+    at = row[over]
+    numbers = [cell(row[measure]["mean"], row[measure]["error"]) for measure in measures]
+    return [row["line"], f"{at:g}" if isinstance(at, float) else str(at), str(len(row["seeds"])), *numbers]
+
+
+def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
     """A panel a measure; lines[name][value] are the runs at that value of the setting `over`."""
     values = list(dict.fromkeys(v for points in lines.values() for v in points))
     numeric = all(isinstance(v, int | float) for v in values)
     place = {v: v if numeric else i for i, v in enumerate(values)}
     positive = [v for v in values if numeric and v > 0]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axes, measure in zip(figure.subplots(2, 2).flat, measures):
+    for axes, measure in zip(figure.subplots(2, 2).flat, (*MEASURES, "AFID / gd's")):
         for i, (name, points) in enumerate(lines.items()):
             at = sorted(points, key=place.get)
             found = [mean_and_error([run[measure] for run in points[v]]) for v in at]

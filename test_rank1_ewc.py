@@ -56,8 +56,8 @@ def small_unet(seed=0, channels=(8, 8, 8), **settings):
     return r.UNet(1, 10, channels, layers_per_block=1, **settings)
 
 
-def small_images(n=6, seed=0):
-    images = torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator(seed))
+def small_images(n=6, seed=0, size=8):
+    images = torch.randint(0, 256, (n, 1, size, size), dtype=torch.uint8, generator=generator(seed))
     return images, torch.arange(n) % 10
 
 
@@ -289,7 +289,7 @@ class AnyMatrix(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.A = torch.nn.Parameter(torch.eye(64))
+        self.A = torch.nn.Parameter(torch.eye(16))
 
     def forward(self, x, t, y):
         return (x.flatten(1) @ self.A.T).view_as(x)
@@ -332,14 +332,14 @@ def test_theorem_1_the_fisher_of_a_scaled_identity_is_c_star_mu_mu_transposed():
 
 def test_linear_alone_is_not_enough_for_rank_1():
     # With every entry of A free, the gradients (A x_t - eps) x_t^T share no direction.
-    found, _ = r.geometry(AnyMatrix(), draws_of(*small_images(), 60, 20)())
+    found, _ = r.geometry(AnyMatrix(), draws_of(*small_images(size=4), 60, 20)())
     assert found["eigenvalues"][1] > 0.2 * found["eigenvalues"][0]
 
 
 def test_the_geometry_from_the_gram_matrix_is_that_of_the_whole_matrix():
-    model, draws = AnyMatrix(), draws_of(*small_images(), 12, 4)
+    model, draws = AnyMatrix(), draws_of(*small_images(size=4), 12, 4)
     found, mu = r.geometry(model, draws())
-    g = gradients_one_by_one(model, *small_images(), 12, 4, seed=3)
+    g = gradients_one_by_one(model, *small_images(size=4), 12, 4, seed=3)
     F, mean = g.T @ g / 12, g.mean(0)
     values, vectors = torch.linalg.eigh(F)
     outer, c_star = torch.outer(mean, mean), float(mean @ F @ mean / mean.norm() ** 4)
@@ -805,7 +805,7 @@ def test_a_run_from_the_command_line_leaves_its_results(tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("method", r.METHODS)
+@pytest.mark.parametrize("method", [*r.TABLE_1, "rank4"])
 def test_each_methods_row_does_what_its_name_says(tmp_path, monkeypatch, method):
     expected = {  # replay pools, tasks with a teacher in the loss, tasks with a penalty, Fishers
         "joint": (0, 0, 0, 0),
@@ -816,7 +816,8 @@ def test_each_methods_row_does_what_its_name_says(tmp_path, monkeypatch, method)
         "rank1-only": (0, 0, 4, 4),
         "diag": (4, 4, 4, 4),
         "rank1": (4, 4, 4, 4),
-    } | {method: (4, 4, 4, 4) for method in ("rank1-eig", "rank2", "rank4", "rank8")}
+        "rank4": (4, 4, 4, 4),
+    }
     pools, seen = [], {}
     replay_pool, train_task = r.replay_pool, r.train_task
 
@@ -970,8 +971,6 @@ def test_curvature_chooses_the_lambda_that_adds_it_along_the_first_mu(tmp_path, 
             run_main(tmp_path / "stopped", "--curvature", "5")
     run_main(tmp_path / "stopped", "--curvature", "5")
     assert same_but_for_the_seconds(tmp_path / "stopped", tmp_path / "whole")
-    same = run_main(tmp_path / "lambda", "--lam", str(result["lam"]))
-    np.testing.assert_allclose(same["afid"], result["afid"], rtol=1e-6)
 
 
 def test_the_ema_teacher_is_the_average_of_the_weights_after_each_step(tmp_path, monkeypatch):
@@ -1023,12 +1022,12 @@ def test_a_comparison_has_the_means_over_the_seeds_and_the_ratio_to_gd(tmp_path,
     found = json.loads((tmp_path / "new/lambda.json").read_text())
     rows = {(row["line"], row["lam"]): row for row in found["rows"]}
     assert set(rows) == {("gd", 0), ("rank1", 10), ("rank1", 1000)}
-    assert rows["gd", 0]["AFID"] == pytest.approx([23, 3])
-    assert rows["rank1", 1000]["AFID / gd's"] == pytest.approx([2, 0])
-    assert rows["rank1", 1000]["curvature, first task"] == [1000, 1000]
-    assert rows["rank1", 10]["seeds"] == [0, 1]
-    assert "46.00 ± 6.00" in capsys.readouterr().out
-    assert len(found["runs"]) == 6
+    afid = rows["gd", 0]["AFID"]
+    assert (afid["mean"], afid["error"], *sorted(afid["each"])) == pytest.approx((23, 3, 20, 26))
+    assert rows["rank1", 1000]["AFID / gd's"]["each"] == pytest.approx([2, 2])
+    assert rows["rank1", 1000]["curvature, task 1"]["mean"] == 1000
+    assert sorted(rows["rank1", 10]["seeds"]) == [0, 1]
+    assert "46.0 ± 6.0" in capsys.readouterr().out
     assert torchvision.io.decode_image(str(tmp_path / "new/lambda.png")).float().std() > 1
 
 
@@ -1174,19 +1173,8 @@ def same_but_for_the_seconds(folder, other):
     return results[0] == results[1] and logs[0] == logs[1] and len(equal) == len(weights[0]) and all(equal)
 
 
-@pytest.mark.parametrize(
-    ("what", "nth"),
-    [
-        ("losses", 2),  # in the first epoch of all
-        ("losses", 17),  # in the third task, in an epoch
-        ("save", 8),  # in the third task, half the checkpoint written
-        ("describe_fisher", 2),  # between training and measuring
-        ("frechet_distance", 7),  # while measuring after the second task
-        ("replay_pool", 3),  # between two tasks
-        ("plot_fid", 1),  # when all is done but the result
-    ],
-)
-def test_a_run_killed_at_any_moment_and_started_again_ends_the_same(tmp_path, uninterrupted, what, nth):
+@pytest.mark.parametrize(("what", "nth"), [("losses", 17), ("save", 8)])  # in an epoch, half a checkpoint
+def test_a_run_that_was_killed_and_is_started_again_ends_the_same(tmp_path, uninterrupted, what, nth):
     argv = [*QUICK, *LONGER, "--out", str(tmp_path)]
     killed = subprocess.run(
         [sys.executable, "-c", DIES, what, str(nth), *argv], cwd=SCRIPT.parent, check=False
@@ -1198,8 +1186,28 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_the_same(tmp_path, un
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("what", "nth"),
+    [
+        ("losses", 2),  # in the first epoch of all
+        ("describe_fisher", 2),  # between training and measuring
+        ("frechet_distance", 7),  # while measuring after the second task
+        ("replay_pool", 3),  # between two tasks
+        ("plot_fid", 1),  # when all is done but the result
+    ],
+)
+def test_a_run_interrupted_at_any_moment_ends_the_same(tmp_path, uninterrupted, monkeypatch, what, nth):
+    with monkeypatch.context() as patch:
+        patch.setattr(r, what, raises_at_call(nth, getattr(r, what), KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run_main(tmp_path, *LONGER)
+    assert not (tmp_path / "result.json").exists()
+    run_main(tmp_path, *LONGER)
+    assert same_but_for_the_seconds(tmp_path, uninterrupted)
+
+
 def test_a_run_killed_again_and_again_ends_the_same(tmp_path, uninterrupted):
-    for _ in range(3):  # each time it comes six steps further, and is killed in the seventh
+    for _ in range(2):  # each time it comes six steps further, and is killed in the seventh
         command = [sys.executable, "-c", DIES, "losses", "9", *QUICK, *LONGER, "--out", str(tmp_path)]
         assert subprocess.run(command, cwd=SCRIPT.parent, check=False).returncode == -signal.SIGKILL
     run_main(tmp_path, *LONGER)
@@ -1218,7 +1226,7 @@ def raises_at_call(nth, function, error):
     return wrapped
 
 
-@pytest.mark.parametrize(("method", "nth"), [("joint", 20), ("replay", 15), ("gd", 15), ("diag", 20)])
+@pytest.mark.parametrize(("method", "nth"), [("joint", 20), ("gd", 15), ("diag", 20)])
 def test_every_methods_run_goes_on_also_from_an_older_checkpoint(tmp_path, monkeypatch, method, nth):
     argv = ["--method", method, "--epochs=3", "--lr-decay=linear", "--checkpoint-epochs=2"]
     run_main(tmp_path / "whole", *argv)
