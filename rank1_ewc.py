@@ -726,7 +726,11 @@ class LowRankPenalty:
         return lambda theta: self.lam / 2 * (self.a @ (theta - origin) + residual).square().sum()
 
     def start_proximal(self, origin: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """(theta, eta) -> the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta)."""
+        """(theta, eta) -> the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta), exactly.
+
+        Adam divides the gradient of the penalty and the task's by one and the same estimate; a stiff penalty
+        shrinks the task's steps. Here it cannot: decoupled, as weight decay in AdamW (arXiv 1711.05101).
+        """
         residual, gram = self.residual(origin), self.a @ self.a.T
         eye = torch.eye(len(gram), device=gram.device)
 
@@ -982,6 +986,12 @@ def train_task(
             after_epoch(epoch)
 
 
+def proximal(step: Callable[[Tensor, float], Tensor], model: nn.Module, optimizer, *_) -> None:
+    """The optimizer's hook of --form proximal: after each of its steps, theta becomes step(theta, lr)."""
+    theta = step(flat(model.parameters()), optimizer.param_groups[0]["lr"])
+    vector_to_parameters(theta, model.parameters())
+
+
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
     """How often the whole run passes one image forward through the network; a backward pass counts as two."""
     passes, tests = 0, [len(task.test_y) for task in tasks]
@@ -1198,16 +1208,15 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 saved = None
             else:
                 checkpoint(0)
-            held = penalty.start(flat(teacher.parameters())) if k and penalty else None
-            if held and cfg.form == "proximal":
-                step = penalty.start_proximal(flat(teacher.parameters()))
-
-                def proximal(optimizer, *_, step=step):
-                    theta = step(flat(model.parameters()), optimizer.param_groups[0]["lr"])
-                    vector_to_parameters(theta, model.parameters())
-
-                optimizer.register_step_post_hook(proximal)
-                held = None
+            held = None
+            if k and penalty:
+                origin = flat(teacher.parameters())
+                if cfg.form == "proximal":
+                    optimizer.register_step_post_hook(
+                        partial(proximal, penalty.start_proximal(origin), model)
+                    )
+                else:
+                    held = penalty.start(origin)
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
                 pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
@@ -1923,6 +1932,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     low_rank = METHODS[cfg.method].penalty is LowRankPenalty
     if cfg.curvature and (cfg.lam is not None or not low_rank):
         stop("--curvature chooses lambda for the rank methods: leave out --lam, or --curvature")
+    if cfg.form and not low_rank:
+        stop("--form proximal is for the rank methods: leave it out")
     if cfg.curvature or METHODS[cfg.method].penalty is None:
         cfg.lam = 0.0
     for name, value in row.items():

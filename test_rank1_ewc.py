@@ -973,6 +973,24 @@ def test_curvature_chooses_the_lambda_that_adds_it_along_the_first_mu(tmp_path, 
     assert same_but_for_the_seconds(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(tmp_path, monkeypatch):
+    def distances(lam):  # |mu^T (theta - theta*)| after each task, for all the tasks before
+        found, add = [], r.LowRankPenalty.add
+
+        def spy(self, fisher, theta_star):
+            found.extend(self.residual(theta_star).abs().tolist() if self.b else [])
+            add(self, fisher, theta_star)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(r.LowRankPenalty, "add", spy)
+            run_main(tmp_path / lam, "--form", "proximal", "--lam", lam)
+        return found
+
+    stiff, loose = distances("1e7"), distances("1e-7")
+    assert len(stiff) == len(loose) == 1 + 2 + 3
+    assert max(stiff) < 1e-2 * max(loose)
+
+
 def test_the_ema_teacher_is_the_average_of_the_weights_after_each_step(tmp_path, monkeypatch):
     weights, teachers, losses, replay_pool = [], [], r.losses, r.replay_pool
 
@@ -1485,6 +1503,7 @@ def refusal(capsys, *argv):
         ("--lam 10 --curvature 3", "--curvature --lam"),
         ("--method diag --curvature 3", "--curvature rank"),
         ("--curvature 0", "--curvature above 0"),
+        ("--method gd --form proximal", "--form proximal rank"),
         ("--figure 4", "--figure 1 2 3 vae"),
         ("--report nowhere", "nowhere make digits"),
     ],
