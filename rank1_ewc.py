@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -1324,11 +1325,13 @@ def plot_fid(result: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def write_json(path: Path, content: dict | list) -> None:
-    """Whole or not at all; the folder is made."""
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all, a list of numbers a line; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False)
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1498,17 +1501,19 @@ MEASURES = {
     "forgetting": lambda run: run["forgetting"],
     "FID of a task just learned": lambda run: float(np.mean(np.diag(run["fid"]))),
 }
-OF_PENALTY = {"method", "lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
+OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
 
 
 def compare(folders: list[Path], over: str, to: Path) -> None:
     """The runs' MEASURES over a setting, mean and standard error over the seeds: printed, to.png and to.json.
 
-    A line for each method and for each other setting in which runs of one method differ. Without a penalty a
-    method is a dashed line. `over` may be `curvature`, which a run with --lam has too: its first task's.
+    A line for each method and for each other setting in which runs of one method differ; it is dashed if the
+    method does not have the setting. A run with --lam has a curvature too: that of its first task.
     """
-    runs = [read_result(folder / "result.json") for folder in folders]
     settings = sorted(settings_of(parse_args([])).keys() - {"seed", "device"})
+    if over not in settings:
+        stop(f"--over {over} is not a setting: choose from {', '.join(settings)}")
+    runs = [read_result(folder / "result.json") for folder in folders]
 
     def value(run: dict, name: str) -> float | str | None:
         if name == "curvature" and name == over:
@@ -1516,21 +1521,22 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         found = run["lam"] if name == "lam" == over else run["config"].get(name)
         return str(found) if isinstance(found, list) else found
 
-    def same_but(names: set, run: dict) -> tuple:
-        return tuple(value(run, name) for name in settings if name not in names)
+    def apart_from_penalty(run: dict) -> tuple:
+        others = (n for n in settings if n != "method" and n not in OF_PENALTY)
+        return run["seed"], *(value(run, n) for n in others)
 
     several = {
         n for n in settings for m in METHODS if len({value(r, n) for r in runs if r["method"] == m}) > 1
     }
     several -= {over} | ({"lam", "curvature"} if over in ("lam", "curvature") else set())
     several &= {"dataset", "channels"} if "dataset" in several else several
-    gd = {(run["seed"], same_but(OF_PENALTY, run)): run for run in runs if run["method"] == "gd"}
+    gd = {apart_from_penalty(run): run for run in runs if run["method"] == "gd"}
     lines = {}
     for run in sorted(runs, key=lambda run: [*METHODS].index(run["method"])):
         other = [f"{n} {value(run, n)}" for n in sorted(several) if value(run, n) is not None]
         name = ", ".join(([] if over == "method" else [run["method"]]) + other)
         lines.setdefault(name, {}).setdefault(value(run, over), []).append(run)
-        base = gd.get((run["seed"], same_but(OF_PENALTY, run)))
+        base = gd.get(apart_from_penalty(run))
         run |= {measure: of(run) for measure, of in MEASURES.items()}
         run |= {"AFID / gd's": run["AFID"] / base["afid"][-1] if base else None}
         run |= {"curvature, task 1": next(iter(curvatures(run)), None)}
@@ -1547,22 +1553,20 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         for at, found in points.items():
             rows.append({"line": name, over: at, "seeds": [run["seed"] for run in found]})
             rows[-1] |= {measure: summary([run[measure] for run in found]) for measure in measures}
-    print(markdown([["line", over, "seeds", *measures], *(cells(row, over, measures) for row in rows)]))
-    write_json(Path(f"{to}.json"), {"over": over, "rows": rows})
-    plot_lines(lines, over, Path(f"{to}.png"))
-    print(f"In {to}.png, {to}.json")
 
-
-def cells(row: dict, over: str, measures: Sequence[str]) -> list[str]:
-    """A row of the printed table: each mean with its standard error."""
-
-    def cell(mean: float | None, error: float | None) -> str:
+    def cell(mean: float | None, error: float | None, each: list) -> str:
         digits = 2 if abs(mean or 0) < 3 else 1
         return "-" if mean is None else f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
-    at = row[over]
-    numbers = [cell(row[measure]["mean"], row[measure]["error"]) for measure in measures]
-    return [row["line"], f"{at:g}" if isinstance(at, float) else str(at), str(len(row["seeds"])), *numbers]
+    text = [["line", over, "seeds", *measures]]
+    for row in rows:
+        at = row[over] if isinstance(row[over], str | None) else f"{row[over]:g}"
+        cells = [cell(**row[measure]) for measure in measures]
+        text.append([row["line"], str(at), str(len(row["seeds"])), *cells])
+    print(markdown(text))
+    write_json(Path(f"{to}.json"), {"over": over, "rows": rows})
+    plot_lines(lines, over, Path(f"{to}.png"))
+    print(f"In {to}.png, {to}.json")
 
 
 def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
@@ -1578,7 +1582,8 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
             found = [mean_and_error([run[measure] for run in points[v]]) for v in at]
             mean, error = (np.array(part, dtype=float) for part in zip(*found))
             error = np.nan_to_num(error)
-            if over in ("lam", "curvature") and at == [0]:
+            run = points[at[0]][0]
+            if over in OF_PENALTY and METHODS[run["method"]].penalty is None:
                 axes.axhline(mean[0], color=f"C{i}", ls="--", label=name)
                 axes.axhspan(mean[0] - error[0], mean[0] + error[0], color=f"C{i}", alpha=0.1, lw=0)
             else:
@@ -1698,7 +1703,7 @@ def figure_2(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     above.axhline(math.sqrt(1 / len(cos)), color="grey", ls=":", label="gradients at random")
     above.set(ylim=(0, 1), ylabel=r"mean $|\cos(g_i, \cdot)|$")
     above.grid(alpha=0.3)
-    above.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    above.legend(fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     edges = [0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS]
     mesh = axes.pcolormesh(edges, range(len(cos) + 1), cos, vmin=0, vmax=1, rasterized=True)
     axes.set(xlabel="timestep t", ylabel=f"{len(cos)} samples, class after class")

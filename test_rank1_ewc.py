@@ -1500,6 +1500,7 @@ def refusal(capsys, *argv):
         ("--seed -1", "--seed 0"),
         ("--frobnicate", "--frobnicate"),
         ("--compare nowhere", "nowhere/result.json"),
+        ("--compare nowhere --over lambda", "--over lambda lam replay_per_class"),
         ("--lam 10 --curvature 3", "--curvature --lam"),
         ("--method diag --curvature 3", "--curvature rank"),
         ("--curvature 0", "--curvature above 0"),
