@@ -11,7 +11,7 @@ DATA ?= data
 EXTRA ?=
 LAMS ?= 100 1000 10000
 DATASET ?= digits
-STUDIES ?= $(RUNS)/studies
+STUDIES ?= studies
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,7 @@ lint: .venv/installed  ## ruff's checks and format
 # The paper's experiments: METHODS x SEEDS, a run and a folder each, then the report on them.
 runs_of = $(foreach s,$(SEEDS),$(foreach m,$(METHODS),$(RUNS)/$(1)/$(m)-seed$(s)))
 EVERY_RUN := $(foreach d,digits mnist fashion cifar10 imagenet32,$(call runs_of,$(d)))
+EVERY_RUN += $(filter-out $(EVERY_RUN),$(foreach m,gd diag rank1,$(foreach s,$(SEEDS),$(RUNS)/digits/$(m)-seed$(s))))
 
 digits: $(call runs_of,digits)  ## Table 1 on 8x8 digits, small: two hours on two CPU cores
 mnist: $(call runs_of,mnist)  ## Table 1 on MNIST, as in the paper: a GPU
@@ -71,7 +72,7 @@ LEARNED = $(foreach f,+epochs=3 +epochs=27 +lr=2e-4+lr-decay=none,$(STUDIES)/joi
 fig3-training: $(LEARNED)  ## Figure 3 of models that have learned less: does convergence decide what it shows?
 	$(foreach d,$^,$(RUN) --figure 3 --out $(d) --to results/figure3-$(notdir $(d)) &&) true
 
-lambda: $(call known,gd diag rank1) $(call study,rank4+lam=10 $(foreach l,$(LAMS),$(foreach m,rank1 diag rank4,$(m)+lam=$(l))))
+lambda: $(call known,gd diag rank1) $(call study,$(foreach l,$(LAMS),$(foreach m,rank1 diag rank4,$(m)+lam=$(l))))
 lambda:  ## AFID and forgetting over lambda, from 0 to far too much
 	$(RUN) --compare $^ --over lam --to results/lambda
 
@@ -110,7 +111,7 @@ $(STUDIES)/%: FORCE | .venv/installed
 	$(RUN) --method $(subst =, ,$(subst +, --,$*)) --data-dir $(DATA) --out $@ $(EXTRA)
 FORCE:
 
-converged: .venv/installed  ## twice the epochs for GD on the sweep's seed: is that baseline trained long enough?
+converged: .venv/installed  ## twice the epochs for GD, on a seed of its own: is that baseline trained long enough?
 	$(RUN) --method gd --seed 100 --epochs 540 --out results/converged $(EXTRA)
 
 needs: .venv/installed  ## hours and disk of every run on this machine, computed from its speed

@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -86,7 +86,7 @@ SMALL = {
     "batch_size": 64,
     "lr": 4e-3,
     "lr_decay": "linear",
-    "lam": 10.0,  # the best above 0 of `make sweep`, where 0 is better still
+    "lam": 10.0,  # of those of `make lambda` above 0 the best, where 0 is as good
     "channels": [16, 32],
     "layers_per_block": 1,
     "dropout": 0.0,
@@ -96,19 +96,13 @@ SMALL = {
     "fid": "classifier",
     "checkpoint_epochs": 10,  # an epoch takes 0.2 s and a checkpoint 0.02 s
 }
-SMALL_32 = {  # of --small, for images of 32x32
+SMALL_32 = SMALL | {  # of --small, for images of 32x32
     "epochs": 1,
     "batch_size": 16,
     "lr": 2e-3,
-    "lr_decay": "linear",
-    "lam": 10.0,  # that of the digits
     "channels": [16, 32, 32, 32],
-    "layers_per_block": 1,
-    "dropout": 0.0,
-    "replay_per_class": 200,
     "sample_steps": 10,
-    "fisher_samples": 4000,
-    "fid": "classifier",
+    "checkpoint_epochs": 1,
 }
 LARGE = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}  # 50 classes a task
 DATASETS = {
@@ -134,8 +128,9 @@ GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
 # Settings that change no number of a run:
-PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "figure", "to")
-PLACES += ("compare", "over", "report", "needs")
+PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small")
+PLACES += ("figure", "compare", "over", "to", "report", "needs")
+OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
@@ -622,18 +617,23 @@ def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]
 
 
 def gradients(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (B, D) of at most 1 GB. `loss` as losses_at is.
+    """g_i of every sample, in chunks (B, D) that take at most 1 GB while they are made. `loss`: as losses_at.
 
     They share no work beyond their batched kernels: slower than as many backward passes of whole batches.
     """
     theta = {name: p.detach() for name, p in model.named_parameters()}
-    chunk = max(1, 250_000_000 // sum(p.numel() for p in theta.values()))
+    chunk = max(1, 125_000_000 // sum(p.numel() for p in theta.values()))
     of_one = grad(lambda theta, *sample: loss(model, [v[None] for v in sample], theta)[0])
     for draw in draws:
         for part in zip(*(v.split(chunk) for v in draw)):
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels cannot be batched so
                 g = vmap(of_one, in_dims=(None, *(0 for _ in part)))(theta, *part)  # each (B, *shape)
             yield torch.cat([v.flatten(1) for v in g.values()], 1)
+
+
+def gradients_that_fit(model: nn.Module) -> int:
+    """How many single gradients may be kept at once: GRADIENTS up to 390,000 weights, 10 of 37 million."""
+    return min(GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
 
 
 def rank1_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tuple[Tensor, Tensor]:
@@ -669,21 +669,25 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
     """
-    values, U = torch.linalg.eigh((G @ G.T).double() / len(G))
-    values, U = values.flip(0).clamp(min=0), U.flip(1)
-    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G.dtype) @ G
+    values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
+    values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
+    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G
 
 
 def rank_k_fisher(k: int, model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tuple[Tensor, Tensor]:
-    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from at most GRADIENTS single gradients.
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from gradients_that_fit.
 
-    Memory: these gradients, at most 1.6 GB, and as much again while they are put together. At 37M parameters
-    that is only 10 of them, at 300,000 all.
+    Memory: these gradients, at most 1.6 GB, and as much again while they are put together. Stops if they are
+    fewer than k.
     """
     model.eval()
-    most = min(GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
-    values, vectors = eigenpairs(torch.cat([*gradients(model, draws(most))]), k)
-    return vectors, values[:k].to(vectors.dtype)
+    G = torch.cat([*gradients(model, draws(gradients_that_fit(model)))])
+    if len(G) < k:
+        stop(
+            f"rank {k} needs at least {k} gradients, not {len(G)}: raise --fisher-samples, or lower the rank"
+        )
+    values, vectors = eigenpairs(G, k)
+    return vectors, values[:k].to(vectors)
 
 
 def diagonal_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> Tensor:
@@ -732,12 +736,12 @@ class LowRankPenalty:
         Adam divides the gradient of the penalty and the task's by one and the same estimate; a stiff penalty
         shrinks the task's steps. Here it cannot: decoupled, as weight decay in AdamW (arXiv 1711.05101).
         """
-        residual, gram = self.residual(origin), self.a @ self.a.T
-        eye = torch.eye(len(gram), device=gram.device)
+        residual, gram = self.residual(origin), (self.a @ self.a.T).cpu().double()
 
         def step(theta: Tensor, eta: float) -> Tensor:
-            at = self.a @ (theta - origin) + residual
-            return theta - torch.linalg.solve(gram + eye / (eta * self.lam), at) @ self.a
+            at = (self.a @ (theta - origin) + residual).cpu().double()
+            solved = torch.linalg.solve(torch.eye(len(gram)) + eta * self.lam * gram, eta * self.lam * at)
+            return theta - solved.to(theta) @ self.a
 
         return step
 
@@ -989,8 +993,10 @@ def train_task(
 
 def proximal(step: Callable[[Tensor, float], Tensor], model: nn.Module, optimizer, *_) -> None:
     """The optimizer's hook of --form proximal: after each of its steps, theta becomes step(theta, lr)."""
-    theta = step(flat(model.parameters()), optimizer.param_groups[0]["lr"])
-    vector_to_parameters(theta, model.parameters())
+    params = [*model.parameters()]
+    theta = step(flat(params), optimizer.param_groups[0]["lr"])
+    for p, v in zip(params, theta.split([p.numel() for p in params])):
+        p.data.copy_(v.view_as(p))
 
 
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
@@ -1045,7 +1051,7 @@ def needs(path: Path, device: torch.device) -> None:
         rate = passes_per_second(model, (channels, size, size), 2 * cfg.batch_size, device)
         y, test_y = (torch.arange(n) * classes // n for n in counts)
         tasks = split_tasks(Data(y, y, test_y, test_y), cfg.tasks)
-        hours = {m: passes_of_a_run(cfg, row, tasks) / rate / 3600 for m, row in METHODS.items()}
+        hours = {m: passes_of_a_run(cfg, METHODS[m], tasks) / rate / 3600 for m in TABLE_1}
         gb = 4e-9 * sum(p.numel() for p in model.parameters())
         vectors = {"gd": 4, "diag": 6, "rank1": 3 + cfg.tasks}  # on disk: model, moments, teacher; Fisher
         found[dataset] = {
@@ -1058,17 +1064,17 @@ def needs(path: Path, device: torch.device) -> None:
     write_json(path, found)
 
 
-def describe_fisher(fisher: tuple[Tensor, Tensor] | Tensor) -> dict:
-    """What to watch: the diagonal's trace; or the eigenvalues; or c* and ||mu||, of one direction.
+def describe_fisher(method: Method, fisher: tuple[Tensor, Tensor] | Tensor) -> dict:
+    """What to watch: the diagonal's trace; or c* and ||mu||; or the eigenvalues.
 
-    "energy" is F's along the (first) direction: times lambda, the curvature that the penalty adds there.
+    "energy" is F along mu or the first eigenvector: times lambda, the curvature that the penalty adds.
     """
     if isinstance(fisher, Tensor):
         return {"trace": float(fisher.sum())}
-    v, c = fisher
-    norms = v.norm(dim=1)
-    one = {"c_star": float(c[0]), "mu_norm": float(norms[0])} if len(c) == 1 else {"eigenvalues": c.tolist()}
-    return one | {"energy": float(c[0] * norms[0] ** 2)}
+    (v, *_), c = fisher
+    along_mu = {"c_star": float(c[0]), "mu_norm": float(v.norm())}
+    found = along_mu if method.fisher is rank1_fisher else {"eigenvalues": c.tolist()}
+    return found | {"energy": float(c[0] * v.norm() ** 2)}
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -1121,7 +1127,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
     data: all images, sorted by class; features: images uint8 -> FID features (N, d). Goes on from the
-    checkpoint in cfg.out if there is one: on a CPU to the same result as if it had never been stopped.
+    checkpoint in cfg.out if there is one: on a CPU to the same numbers as if it had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
@@ -1140,7 +1146,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    average = None  # of the weights, with --ema
+    average, peak_mb = None, 0.0  # of the weights, with --ema; of this run before it was stopped
     saved = load_checkpoint(cfg.out / "checkpoint.pt", cfg)
     first = saved["task"] if saved else 0
     if saved:
@@ -1150,6 +1156,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             setattr(penalty, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
         fid, fishers = saved["fid"], saved["fisher"]
         seconds.update(saved["seconds"])
+        peak_mb = saved["peak_mb"]
     else:
         rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
         announce(passes_of_a_run(cfg, method, tasks) / rate)
@@ -1176,6 +1183,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         lap("train")
         state = {"settings": settings_of(cfg), "task": k, "epoch": epoch, "log": log.tell()}
         state |= {"fid": fid, "fisher": fishers, "seconds": dict(seconds)}
+        state |= {"peak_mb": max(peak_mb, peak_memory_mb(device))}
         state |= {"generators": {purpose: g.get_state() for purpose, g in generators.items()}}
         state |= {"penalty": vars(penalty) if penalty else {}, "optimizer": optimizer.state_dict()}
         state |= {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {}}
@@ -1193,9 +1201,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             last = average.module if average else model
             teacher = copy.deepcopy(last).eval().requires_grad_(False) if k else None
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
-            if cfg.ema:
-                average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-                optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
+            average = cfg.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
             purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
             if saved:
@@ -1218,6 +1224,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                     )
                 else:
                     held = penalty.start(origin)
+            if average:  # the last hook: it averages what the step ends with
+                optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
                 pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
@@ -1231,7 +1239,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             if penalty and k + 1 < len(lessons):
                 fisher = method.fisher(model, partial(draws, k, x, y))
                 penalty.add(fisher, flat(model.parameters()))
-                fishers.append(describe_fisher(fisher))
+                fishers.append(describe_fisher(method, fisher))
                 if cfg.curvature and k == 0:
                     penalty.lam = cfg.curvature / fishers[0]["energy"]
                 lap("fisher")
@@ -1263,7 +1271,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     result |= {"config": settings_of(cfg)}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
     result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
-    result |= {"peak_mb": round(peak_memory_mb(device))}
+    result |= {"peak_mb": round(max(peak_mb, peak_memory_mb(device)))}
     plot_fid(result, cfg.out / "fid.png")
     write_json(cfg.out / "result.json", result)
     return result
@@ -1281,8 +1289,8 @@ def table(result: dict) -> str:
         cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, afid]]
         rows.append(f"{tasks - row.count(None):>10}  " + "".join(cells))
     rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
-    if any("energy" in fisher for fisher in result["fisher"]):
-        curvature = "".join(f"{v:9.3g}" for v in curvatures(result))
+    if found := curvatures(result):
+        curvature = "".join(f"{v:9.3g}" for v in found)
         rows += ["", f"curvature   {curvature}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
     title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
@@ -1375,7 +1383,7 @@ def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
             pair, a, b = f"{other['folder']} and {path.parent}", other["config"], result["config"]
             if (a["method"], a["seed"]) == (b["method"], b["seed"]):
                 stop(f"{pair} are the same method and seed: report only one of them")
-            free = {"seed", "device"} | ({"method", "lam"} if a["method"] != b["method"] else set())
+            free = {"seed", "device"} | ({"method", *OF_PENALTY} if a["method"] != b["method"] else set())
             for key in sorted((a.keys() & b.keys()) - free):
                 if a[key] != b[key]:
                     flag = f"--{key.replace('_', '-')} {a[key]} and {b[key]}"
@@ -1408,9 +1416,12 @@ def report(folder: Path) -> None:
             row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
             rows.append(row | {"FID features": config["fid_features"]})
         paper = DATASETS[dataset] if published else PAPER
-        lams = {result["lam"] for results in methods.values() for result in results} - {0.0, paper["lam"]}
-        config = config | {"lam": max(lams, default=paper["lam"])}
-        other = [f"{k} {config[k]} (paper {v or 'all'})" for k, v in paper.items() if config.get(k, v) != v]
+        configs, other = [result["config"] for results in methods.values() for result in results], []
+        for key in (*paper, *sorted(OF_PENALTY - paper.keys()), "ema"):
+            of = [c for c in configs if key != "lam" or METHODS[c["method"]].penalty]
+            if values := {str(c.get(key, paper.get(key))) for c in of} - {str(paper.get(key))}:
+                usual = paper.get(key) or ("all" if key == "fisher_samples" else "none")
+                other.append(f"{key} {', '.join(sorted(values))} (paper {usual})")
         other = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
         notes.append(f"{dataset}: FID on features of {config['fid_features']}; {other}.")
 
@@ -1499,43 +1510,48 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
 MEASURES = {
     "AFID": lambda run: run["afid"][-1],
     "forgetting": lambda run: run["forgetting"],
-    "FID of a task just learned": lambda run: float(np.mean(np.diag(run["fid"]))),
+    "FID of a task just learned": lambda run: (
+        None if run["forgetting"] is None else float(np.mean(np.diag(run["fid"])))
+    ),
 }
-OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
 
 
 def compare(folders: list[Path], over: str, to: Path) -> None:
     """The runs' MEASURES over a setting, mean and standard error over the seeds: printed, to.png and to.json.
 
     A line for each method and for each other setting in which runs of one method differ; it is dashed if the
-    method does not have the setting. A run with --lam has a curvature too: that of its first task.
+    method does not have the setting. Lambda and curvature, either of which sets the other for each seed, are
+    means over the seeds; the curvature is that of the first task.
     """
     settings = sorted(settings_of(parse_args([])).keys() - {"seed", "device"})
     if over not in settings:
         stop(f"--over {over} is not a setting: choose from {', '.join(settings)}")
+    if absent := [str(folder) for folder in folders if not (folder / "result.json").is_file()]:
+        stop(f"{', '.join(absent)} holds no finished run (result.json): train it first, or leave it out")
     runs = [read_result(folder / "result.json") for folder in folders]
+    strength = ("lam", "curvature")
 
     def value(run: dict, name: str) -> float | str | None:
-        if name == "curvature" and name == over:
-            return next(iter(curvatures(run)), 0.0)
-        found = run["lam"] if name == "lam" == over else run["config"].get(name)
+        found = run["config"].get(name)
         return str(found) if isinstance(found, list) else found
+
+    def differ(name: str) -> bool:
+        return any(len({value(r, name) for r in runs if r["method"] == m}) > 1 for m in METHODS)
 
     def apart_from_penalty(run: dict) -> tuple:
         others = (n for n in settings if n != "method" and n not in OF_PENALTY)
         return run["seed"], *(value(run, n) for n in others)
 
-    several = {
-        n for n in settings for m in METHODS if len({value(r, n) for r in runs if r["method"] == m}) > 1
-    }
-    several -= {over} | ({"lam", "curvature"} if over in ("lam", "curvature") else set())
-    several &= {"dataset", "channels"} if "dataset" in several else several
+    several = [n for n in settings if differ(n) and n != over and not (n in strength and over in strength)]
+    if "dataset" in several:  # then everything differs: the network's size says enough
+        several = [n for n in several if n in ("dataset", "channels")]
     gd = {apart_from_penalty(run): run for run in runs if run["method"] == "gd"}
     lines = {}
     for run in sorted(runs, key=lambda run: [*METHODS].index(run["method"])):
-        other = [f"{n} {value(run, n)}" for n in sorted(several) if value(run, n) is not None]
-        name = ", ".join(([] if over == "method" else [run["method"]]) + other)
-        lines.setdefault(name, {}).setdefault(value(run, over), []).append(run)
+        other = [f"{n} {value(run, n)}" for n in several if value(run, n) is not None]
+        name = ", ".join(([] if over == "method" else [run["method"]]) + other) or "all"
+        at = tuple(value(run, n) for n in strength) if over in strength else value(run, over)
+        lines.setdefault(name, {}).setdefault(at, []).append(run)
         base = gd.get(apart_from_penalty(run))
         run |= {measure: of(run) for measure, of in MEASURES.items()}
         run |= {"AFID / gd's": run["AFID"] / base["afid"][-1] if base else None}
@@ -1543,6 +1559,13 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         run |= {f"{part} s": run["seconds"].get(part, 0.0) for part in ("train", "sample", "fisher")}
         run |= {"peak MB": run.get("peak_mb")}
     measures = [*MEASURES, "AFID / gd's", "curvature, task 1", "train s", "sample s", "fisher s", "peak MB"]
+    for name, points in lines.items():
+        for found in points.values():
+            if len({run["seed"] for run in found}) < len(found):
+                stop(f"{name}: two of these runs have the same seed and differ in nothing: name only one")
+        if over in strength:
+            key = "lam" if over == "lam" else "curvature, task 1"
+            lines[name] = {float(np.mean([run[key] or 0.0 for run in v])): v for v in points.values()}
 
     def summary(values: list) -> dict:
         mean, error = (None if math.isnan(v) else float(v) for v in mean_and_error(values))
@@ -1603,7 +1626,8 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
                 major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=""
             )
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if len(lines) > 1:
+        axes.legend(fontsize="small")
     runs = [run for points in lines.values() for found in points.values() for run in found]
     seeds = sorted({run["seed"] for run in runs})
     features = ", ".join(sorted({run["fid_features"] for run in runs}))
@@ -1617,6 +1641,10 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
 # same images with the same noise for each t.
 
 TIMES = (*range(0, NUM_STEPS, 50), NUM_STEPS - 1)
+EDGES = (0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS)  # of the fields that show them
+VAE_STEPS = (0, 30, 100, 300, 1000, 3000)
+PUBLISHED_RATIO = 0.022  # lambda_2 / lambda_1 at t = 700
+PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}
 
 
 def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
@@ -1627,10 +1655,11 @@ def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2], means over pixels, and vanishes with abar_t.
     """
     abar = alphas_cumprod(torch.device("cpu"))
-    classes = [to_float(data.x[data.y == c]) for c in data.y.unique()]
-    share = [len(images) / len(data.y) for images in classes]
-    mean_image = sum(s * float(images.mean(0).square().mean()) for s, images in zip(share, classes))
-    any_image = sum(s * float(images.square().mean()) for s, images in zip(share, classes))
+    mean_image = any_image = 0.0  # E[E[x_0 | y]^2] and E[x_0^2]
+    for c in data.y.unique():
+        images = to_float(data.x[data.y == c])
+        mean_image += float(images.mean(0).square().mean()) * len(images) / len(data.y)
+        any_image += float(images.square().mean()) * len(images) / len(data.y)
     found = {"t": [*TIMES], "mse": [], "high noise": [], "low noise": []}
     for t in TIMES:
         errors = []
@@ -1655,11 +1684,13 @@ def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     return found, figure
 
 
-def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> tuple[dict, Tensor]:
-    """What N single gradients g_i (N, D) say about F = E[g g^T], without a D x D matrix; and mu (D,).
+def geometry(
+    model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at
+) -> tuple[dict, Tensor, Tensor]:
+    """What N single gradients g_i (N, D) say about F = E[g g^T]; mu (D,); and all |cos(g_i, mu)| (N,).
 
-    error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five. mu_noise: what ||mu|| would
-    be if the gradients had no mean. cos: |cos(g_i, mu)| (N,); cos_top: its mean for the top eigenvector.
+    No D x D matrix is made. error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five.
+    mu_noise: what ||mu|| would be if the gradients had no mean. cos_top: mean |cos(g_i, top eigenvector)|.
     """
     G = torch.cat([*gradients(model, draws, loss)])
     values, (top,) = eigenpairs(G, 1)
@@ -1674,7 +1705,7 @@ def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_a
         "c* mu mu^T": F_squared - second_moment**2 / norm**4,
         "best of rank 1": float(values[1:].square().sum()),
     }
-    return {
+    found = {
         "c_star": c_star,
         "mu_norm": norm,
         "mu_noise": math.sqrt(float(values.sum()) / len(G)),
@@ -1685,28 +1716,27 @@ def geometry(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_a
         "cos_mu_top": abs(float(top @ mu)) / norm,
         "error": {name: math.sqrt(max(v, 0) / F_squared) for name, v in squared.items()},
         "cos_top": float(((G @ top).abs() / lengths).mean()),
-        "cos": [round(v, 4) for v in (along.abs() / (norm * lengths)).tolist()],
-    }, mu
+    }
+    return found, mu, along.abs() / (norm * lengths)
 
 
 def figure_2(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
     """|cos(g_i, mu_t)|, samples x timesteps, and its mean above: also for F_t's top eigenvector."""
     steps = tqdm(TIMES, desc="gradients", unit="timestep", **BAR)
-    at = [geometry(model, draws(t, t + 1))[0] for t in steps]
-    found = {"t": [*TIMES]} | {key: [v[key] for v in at] for key in ("cos", "cos_top")}
-    cos = np.array(found["cos"]).T  # (samples, timesteps)
-    found["mean"] = cos.mean(0).tolist()
+    at, _, cos = zip(*(geometry(model, draws(t, t + 1)) for t in steps))
+    cos = torch.stack(cos, 1).cpu().numpy()  # (samples, timesteps)
+    found = {"t": [*TIMES], "mean": cos.mean(0).tolist(), "mean_top": [v["cos_top"] for v in at]}
+    found["cos"] = cos.round(4).astype(float).T.tolist()
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     above, axes = figure.subplots(2, sharex=True, height_ratios=(1, 2.5))
     above.plot(TIMES, found["mean"], "o-", ms=4, label=r"$\mu_t$")
-    above.plot(TIMES, found["cos_top"], "s--", ms=3, label=r"top eigenvector of $F_t$")
+    above.plot(TIMES, found["mean_top"], "s--", ms=3, label=r"top eigenvector of $F_t$")
     above.axhline(math.sqrt(1 / len(cos)), color="grey", ls=":", label="gradients at random")
     above.set(ylim=(0, 1), ylabel=r"mean $|\cos(g_i, \cdot)|$")
     above.grid(alpha=0.3)
     above.legend(fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-    edges = [0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS]
-    mesh = axes.pcolormesh(edges, range(len(cos) + 1), cos, vmin=0, vmax=1, rasterized=True)
-    axes.set(xlabel="timestep t", ylabel=f"{len(cos)} samples, class after class")
+    mesh = axes.pcolormesh(EDGES, range(len(cos) + 1), cos, vmin=0, vmax=1, rasterized=True)
+    axes.set(xlabel="timestep t", ylabel=f"{len(cos)} samples")
     figure.colorbar(mesh, ax=axes, label=r"$|\cos(g_i, \mu_t)|$")
     return found, figure
 
@@ -1715,9 +1745,7 @@ def figure_3(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     """(a) pairwise cosine of mu_t, (b) F_t's top 5 eigenvalues, (c) lambda_2 / lambda_1, (d) the errors."""
     spans = [(t, t + 1) for t in TIMES] + [(0, NUM_STEPS)]
     spans = tqdm(spans, desc="gradients", unit="timestep", **BAR)
-    found, mus = zip(*(geometry(model, draws(*span)) for span in spans))
-    for at in found:
-        del at["cos"]
+    found, mus, _ = zip(*(geometry(model, draws(*span)) for span in spans))
     found = {"t": [*TIMES], "at": found[:-1], "all timesteps": found[-1]}
     mus = F.normalize(torch.stack(mus[:-1]))  # (timesteps, D)
     found["cos_mu"] = (mus @ mus.T).tolist()
@@ -1726,8 +1754,7 @@ def figure_3(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     (a, b), (c, d) = figure.subplots(2, 2)
-    edges = [0, *((s + t) / 2 for s, t in pairwise(TIMES)), NUM_STEPS]
-    mesh = a.pcolormesh(edges, edges, np.array(found["cos_mu"]), vmin=-1, vmax=1, cmap="RdBu_r")
+    mesh = a.pcolormesh(EDGES, EDGES, np.array(found["cos_mu"]), vmin=-1, vmax=1, cmap="RdBu_r")
     figure.colorbar(mesh, ax=a)
     a.set(title=r"(a) $\cos(\mu_s, \mu_t)$", xlabel="timestep", ylabel="timestep", aspect="equal")
     for j in range(5):
@@ -1780,17 +1807,19 @@ def vae_draw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
 def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
     """The share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
     found, device = {"steps": [*VAE_STEPS]}, next(model.parameters()).device
-    spread = torch.linspace(0, len(data.y) - 1, GRADIENTS).long()
     for kl_weight in (1.0, 1e-3):
         generator, at = rng(0, "vae", 0, device), []
         torch.manual_seed(0)
         vae = VAE(data.x[0].numel()).to(device)
+        spread = torch.linspace(0, len(data.y) - 1, gradients_that_fit(vae)).long()
         optimizer, loss = torch.optim.Adam(vae.parameters(), lr=1e-3), partial(vae_losses, kl_weight)
 
         name = f"VAE, KL x {kl_weight:g}"
         for step in tqdm(range(VAE_STEPS[-1] + 1), desc=name, unit="step", leave=False, **BAR):
             if step in VAE_STEPS:
-                at.append(geometry(vae, [vae_draw(data.x[spread], generator)], loss)[0])
+                draw = vae_draw(data.x[spread], generator)
+                mse = vae_losses(0.0, vae, draw, dict(vae.named_parameters())).mean().item()
+                at.append(geometry(vae, [draw], loss)[0] | {"mse": mse})
             index = torch.randint(len(data.y), (128,), generator=generator, device=device).cpu()
             value = loss(vae, vae_draw(data.x[index], generator), dict(vae.named_parameters())).mean()
             optimizer.zero_grad()
@@ -1807,8 +1836,6 @@ def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Fi
             axes.plot(VAE_STEPS, shares, "o-", ms=4, color=f"C{i}", label=name)
         else:
             axes.axhline(shares[0], ls="--", color=f"C{i}", label=f"{name}, trained")
-        for v in at:
-            del v["cos"]
     for (name, share), color in zip(PUBLISHED_SHARE.items(), ("C0", "C1", "k")):
         axes.plot(VAE_STEPS[-1], share, "*", ms=12, color=color, label=f"{name}: paper, about {share:.0%}")
     axes.set(xlabel="the VAE's training steps", ylabel="top eigenvalue's share of F's trace", ylim=(0, 1.05))
@@ -1818,36 +1845,34 @@ def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Fi
     return found, figure
 
 
-VAE_STEPS = (0, 30, 100, 300, 1000, 3000)
-PUBLISHED_RATIO = 0.022  # lambda_2 / lambda_1 at t = 700
-PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}
 FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": vae_control}
 
 
 def paint_figure(cfg: argparse.Namespace, data: Data, device: torch.device) -> None:
     """cfg.figure of the model in cfg.out, to cfg.to .png and .json."""
+    if cfg.limit:
+        data = limit_classes(data, cfg.limit)
     model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
     try:
         model.load_state_dict(torch.load(cfg.out / "model.pt", map_location="cpu", weights_only=True))
     except DAMAGED as error:
-        stop(
-            f"{cfg.out / 'model.pt'} is missing or damaged ({type(error).__name__}): --fresh trains it again"
-        )
+        broken = f"{cfg.out / 'model.pt'} is missing or damaged ({type(error).__name__})"
+        stop(f"{broken}: name another run with --out, or an empty folder, to train one there")
     model = model.to(device).eval()
-    weights = sum(p.numel() for p in model.parameters())
-    n = min(GRADIENTS, GRADIENT_FLOATS // weights)
+    n = GRADIENTS if cfg.figure == "1" else gradients_that_fit(model)  # Figure 1 needs no gradients
     x, y = data.x.to(device), data.y.to(device)
 
     def draws(first: int, end: int) -> Iterator[tuple]:
         return fisher_draws(x, y, n, SAMPLE_BATCH, rng(cfg.seed, "figure", 0, device), (first, end))
 
     found, figure = FIGURES[cfg.figure](model, draws, data)
+    weights = sum(p.numel() for p in model.parameters())
     of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}: {weights:,} weights"
     figure.suptitle(f"{of}, {n} samples a timestep", fontsize="medium")
     to = cfg.to or Path("results") / f"figure{cfg.figure}-{cfg.dataset}"
     write_json(Path(f"{to}.json"), {"figure": cfg.figure, "samples": n, "config": settings_of(cfg)} | found)
     save_figure(figure, Path(f"{to}.png"))
-    print(f"In {to}.png, {to}.json")
+    print(f"Of the model in {cfg.out} ({of}): {to}.png, {to}.json")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1910,7 +1935,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-steps", type=number(int, 1, NUM_STEPS), help="DDIM steps")
     add("--fisher-samples", type=positive, help="samples of a Fisher (default: the task's images, once each)")
     add("--fisher-from", type=number(int, 0, NUM_STEPS - 1), help="smallest timestep of these samples")
-    add("--ema", type=number(float, 0, 1), help="the teacher: weights averaged with this decay, not the last")
+    add(
+        "--ema",
+        type=number(float, 0, 0.99999),
+        help="the teacher: weights averaged with this decay, not the last",
+    )
     add(
         "--limit",
         type=positive,
@@ -1937,6 +1966,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     low_rank = METHODS[cfg.method].penalty is LowRankPenalty
     if cfg.curvature and (cfg.lam is not None or not low_rank):
         stop("--curvature chooses lambda for the rank methods: leave out --lam, or --curvature")
+    if cfg.ema is not None and not METHODS[cfg.method].replay:
+        stop(f"--ema makes a teacher, which --method {cfg.method} does not have: leave it out")
     if cfg.form and not low_rank:
         stop("--form proximal is for the rank methods: leave it out")
     if cfg.curvature or METHODS[cfg.method].penalty is None:
@@ -1944,8 +1975,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in row.items():
         if getattr(cfg, name, None) is None:
             setattr(cfg, name, value)
-    folder = f"{cfg.dataset}-small" if small else cfg.dataset
-    cfg.out = cfg.out or Path("runs") / folder / f"{cfg.method}-seed{cfg.seed}"
+    runs = Path("runs-small" if small else "runs")
+    cfg.out = cfg.out or runs / cfg.dataset / f"{cfg.method}-seed{cfg.seed}"
     multiple = math.lcm(max(1, cfg.channels[0] // 4), HEAD_CHANNELS)
     if any(c % multiple for c in cfg.channels):
         stop(f"--channels {cfg.channels} must be multiples of {multiple}, for the norm groups and attention")
