@@ -1840,6 +1840,7 @@ def vae_control(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Fi
         axes.plot(VAE_STEPS[-1], share, "*", ms=12, color=color, label=f"{name}: paper, about {share:.0%}")
     axes.set(xlabel="the VAE's training steps", ylabel="top eigenvalue's share of F's trace", ylim=(0, 1.05))
     axes.set_xscale("symlog", linthresh=VAE_STEPS[1])
+    axes.set_xlim(0, 1.3 * VAE_STEPS[-1])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
     return found, figure
@@ -1868,7 +1869,9 @@ def paint_figure(cfg: argparse.Namespace, data: Data, device: torch.device) -> N
     found, figure = FIGURES[cfg.figure](model, draws, data)
     weights = sum(p.numel() for p in model.parameters())
     of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}: {weights:,} weights"
-    figure.suptitle(f"{of}, {n} samples a timestep", fontsize="medium")
+    usual = DATASETS[cfg.dataset] | (SMALL_32 if cfg.dataset != "digits" else {})
+    changed = [f"{key} {getattr(cfg, key)}" for key, value in usual.items() if getattr(cfg, key) != value]
+    figure.suptitle(", ".join([of, f"{n} samples a timestep", *changed]), fontsize="medium", wrap=True)
     to = cfg.to or Path("results") / f"figure{cfg.figure}-{cfg.dataset}"
     write_json(Path(f"{to}.json"), {"figure": cfg.figure, "samples": n, "config": settings_of(cfg)} | found)
     save_figure(figure, Path(f"{to}.png"))

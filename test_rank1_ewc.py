@@ -1089,7 +1089,7 @@ def test_a_figure_is_painted_of_a_model_that_is_trained_first(tmp_path, monkeypa
         assert [*map(len, (found["mse"], found["high noise"], found["low noise"]))] == [2, 2, 2]
     if figure == "2":
         assert np.array(found["cos"]).shape == (2, 20)
-        assert found["mean"] == pytest.approx(np.array(found["cos"]).mean(1).tolist())
+        assert found["mean"] == pytest.approx(np.array(found["cos"]).mean(1).tolist(), abs=1e-4)
     if figure == "3":
         assert np.array(found["cos_mu"]).diagonal() == pytest.approx([1, 1], abs=1e-5)
         assert len(found["at"]) == len(found["ratio"]) == 2
@@ -1347,22 +1347,8 @@ def test_a_broken_checkpoint_or_result_is_refused_by_its_name_and_kept(
 def test_a_checkpoint_holds_no_replay_images_and_is_read_without_pickles(uninterrupted):
     saved = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
     assert (saved["task"], saved["epoch"]) == (4, 2)
-    parts = set(
-        [
-            "model",
-            "teacher",
-            "average",
-            "optimizer",
-            "generators",
-            "penalty",
-            "fid",
-            "fisher",
-            "log",
-            "seconds",
-            "peak_mb",
-        ]
-    )
-    assert set(saved) == parts | {"settings", "task", "epoch"}
+    parts = {"settings", "task", "epoch", "model", "teacher", "average", "optimizer", "generators", "penalty"}
+    assert set(saved) == parts | {"fid", "fisher", "log", "seconds", "peak_mb"}
     assert len(saved["penalty"]["b"]) == 4
 
 
