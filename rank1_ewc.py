@@ -1870,6 +1870,7 @@ def paint_figure(cfg: argparse.Namespace, data: Data, device: torch.device) -> N
     weights = sum(p.numel() for p in model.parameters())
     of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}: {weights:,} weights"
     usual = DATASETS[cfg.dataset] | (SMALL_32 if cfg.dataset != "digits" else {})
+    usual["lam"] = cfg.lam  # it may be 0, of no penalty
     changed = [f"{key} {getattr(cfg, key)}" for key, value in usual.items() if getattr(cfg, key) != value]
     figure.suptitle(", ".join([of, f"{n} samples a timestep", *changed]), fontsize="medium", wrap=True)
     to = cfg.to or Path("results") / f"figure{cfg.figure}-{cfg.dataset}"
