@@ -84,6 +84,10 @@ decoupled: $(call known,gd) $(call study,$(foreach l,1000 10000,rank1+lam=$(l) r
 decoupled:  ## the penalty in the loss against a proximal step after each of Adam's
 	$(RUN) --compare $^ --over lam --to results/decoupled
 
+regime: $(call study,$(addsuffix +lr=2e-4+lr-decay=none,gd rank1+lam=10 rank1+lam=100))
+regime:  ## the method where its mu is F's top eigenvector: at the paper's constant learning rate
+	$(RUN) --compare $^ --over lam --to results/regime
+
 mu: mu-samples mu-timesteps  ## how mu is estimated: from how many samples, and of which timesteps
 mu-samples: $(call known,gd) $(call study,$(addprefix rank1+lam=1000+fisher-samples=,64 200 1600) rank1+lam=1000)
 	$(RUN) --compare $^ --over fisher_samples --to results/mu-samples
@@ -118,4 +122,4 @@ needs: .venv/installed  ## hours and disk of every run on this machine, computed
 	$(RUN) --needs results/needs.json
 
 .PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
-.PHONY: fig3-training lambda rank-k decoupled mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)
+.PHONY: fig3-training lambda rank-k decoupled regime mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)

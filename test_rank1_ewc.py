@@ -904,7 +904,9 @@ def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, m
     assert digits["gb_checkpoint"]["rank1"] == pytest.approx(8 * 4e-9 * weights, abs=0.001)
 
 
-@pytest.mark.parametrize("target", ["lambda", "rank-k", "decoupled", "mu", "teacher", "pool", "curvature"])
+@pytest.mark.parametrize(
+    "target", ["lambda", "rank-k", "decoupled", "regime", "mu", "teacher", "pool", "curvature"]
+)
 def test_make_n_shows_a_studys_runs_named_by_their_flags_and_their_comparison(target):
     command = ["make", "-n", "-o", ".venv/installed", target, "SEEDS=3", "RUNS=there"]
     lines = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True, check=True).stdout
