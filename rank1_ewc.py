@@ -5,6 +5,7 @@ Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR 2026, arXiv 2509.23593.
 
     python rank1_ewc.py                                  # 8x8 digits, rank-1 EWC: minutes on a laptop
     python rank1_ewc.py --dataset mnist --method rank1   # the paper's run: a GPU and patience
+    torchrun --nproc_per_node 8 rank1_ewc.py --dataset mnist             # the same run on 8 GPUs
     python rank1_ewc.py --report runs                    # Table 1, Figures 4 and 5 of all finished runs
     python rank1_ewc.py --help                           # every setting
 
@@ -32,9 +33,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache, partial
 from http.client import HTTPException
 from importlib.metadata import version
+from io import StringIO
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -49,6 +52,7 @@ import cleanfid.fid
 import cleanfid.resize
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
@@ -127,21 +131,32 @@ LOG_EVERY = 10  # training steps
 GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-# Settings that change no number of a run:
-PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small")
+# Settings that change no number of a run (--accumulate: but for rounding):
+PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "accumulate")
 PLACES += ("figure", "compare", "over", "to", "report", "needs")
 OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
 DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
 )
-BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True}
+# torchrun starts WORLD processes of this script, and tells each which it is:
+RANK, LOCAL_RANK, WORLD = (
+    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "disable": RANK > 0}
 
 
 def stop(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 2."""
     print(f"rank1_ewc: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def all_sum(v: Tensor) -> Tensor:
+    """v summed over the processes of torchrun, in place; of a single process, v as it is."""
+    if WORLD > 1:
+        dist.all_reduce(v)
+    return v
 
 
 def rng(seed: int, purpose: str, task: int, device: torch.device) -> torch.Generator:
@@ -575,25 +590,31 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
 def sample_images(model: nn.Module, shape: tuple, y: Tensor, steps: int, generator, name: str) -> Tensor:
     """DDIM images of the classes y (N,), each of `shape` (C, H, W). -> (N, C, H, W) uint8, in eval mode."""
     model.eval()
-    images = []
+    images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=y.device)
     with tqdm(total=len(y), desc=name, unit="img", leave=False, **BAR) as bar:
-        for part in y.split(SAMPLE_BATCH):
-            noise = torch.randn(len(part), *shape, generator=generator, device=y.device)
-            images.append(to_uint8(ddim_sample(model, noise, part, steps)))
+        for i, (part, painted) in enumerate(zip(y.split(SAMPLE_BATCH), images.split(SAMPLE_BATCH))):
+            noise = torch.randn(painted.shape, generator=generator, device=y.device)
+            if i % WORLD == RANK:  # the others' batches stay 0
+                painted.copy_(to_uint8(ddim_sample(model, noise, part, steps)))
             bar.update(len(part))
-    return torch.cat(images)
+    return all_sum(images)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Fisher: F = E[g g^T], taken after a task on that task's real images, in eval mode, at random timesteps.
 # Rank-1 (Theorem 1): F ~ c* mu mu^T. Rank-K: F ~ sum_j lambda_j v_j v_j^T, its top eigenpairs. Diagonal (EWC,
-# arXiv 1612.00796): F_jj = E[g_j^2]. `draws(most)` gives one Fisher's samples, at most so many of them, the
-# same ones at each call.
+# arXiv 1612.00796): F_jj = E[g_j^2]. `draws()` gives one Fisher's samples, this process's part of them;
+# `draws(most)` at most so many, to each process all. The same ones at each call.
 
 
 def flat(tensors) -> Tensor:
     """Weights or gradients, in the order of model.parameters(), as one vector (D,)."""
     return torch.cat([v.detach().flatten() for v in tensors])
+
+
+def unflat(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """flat's inverse: the vector (D,) as views of the shapes of `tensors`."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in tensors]), tensors)]
 
 
 def dot64(a: Tensor, b: Tensor) -> float:
@@ -645,23 +666,23 @@ def rank1_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tup
     """
     model.eval()
     params = dict(model.named_parameters())
-    mu, n = torch.zeros_like(flat(params.values())), 0
+    mu, n = torch.zeros_like(flat(params.values())), torch.zeros(1)
     for draw in draws():
         loss = per_sample_loss(model, *draw).sum()
         mu += flat(torch.autograd.grad(loss, params.values()))
         n += len(draw[0])
+    mu, n = all_sum(mu), float(all_sum(n))
     mu /= n
 
     norm = math.sqrt(dot64(mu, mu))
-    directions = (mu / norm).split([p.numel() for p in params.values()])
-    u = {name: v.view_as(p) for (name, p), v in zip(params.items(), directions)}
+    u = dict(zip(params, unflat(mu / norm, [*params.values()])))
     theta = {name: p.detach() for name, p in params.items()}
-    second_moment = 0.0  # E[(u^T g)^2]
+    second_moment = torch.zeros(1, dtype=torch.float64)  # E[(u^T g)^2]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no forward mode
         for draw in draws():
             _, projections = jvp(partial(losses_at, model, draw), (theta,), (u,))  # (B,) u^T g_i
             second_moment += float(projections.square().sum()) / n
-    return mu[None], mu.new_tensor([second_moment / norm**2])
+    return mu[None], (all_sum(second_moment) / norm**2).to(mu)
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -693,10 +714,11 @@ def rank_k_fisher(k: int, model: nn.Module, draws: Callable[..., Iterable[tuple]
 def diagonal_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> Tensor:
     """F_jj = E[g_j^2] (D,), as in EWC (arXiv 1612.00796), from the gradients of single samples."""
     model.eval()
-    total, n = 0.0, 0
+    total, n = torch.zeros_like(flat(model.parameters())), torch.zeros(1)
     for g in gradients(model, draws()):
-        total, n = total + g.square().sum(0), n + len(g)
-    return total / n
+        total += g.square().sum(0)
+        n += len(g)
+    return all_sum(total) / float(all_sum(n))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -809,23 +831,24 @@ def replay_pool(
 
 
 def losses(
-    student: nn.Module, teacher: nn.Module | None, x0: Tensor, y: Tensor, num_real: int, generator
+    student: nn.Module, teacher: nn.Module | None, draw: tuple[Tensor, ...], num_real: int, part=slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Denoising loss over [real, replay], and L_GD: the student's distance from the teacher on the replay.
 
-    x0 (B, C, H, W) in [-1, 1], the first num_real real, y (B,). ONE student pass serves both losses: the
-    authors pass the replay images again, at an independent (t, eps): the same expectation, half as much again
-    to compute.
+    draw: x0 (B, C, H, W) in [-1, 1], the first num_real real, t (B,), eps like x0, y (B,). Of the whole
+    batch's two means what its rows `part` add. ONE student pass serves both losses: the authors pass the
+    replay images again, at an independent (t, eps): the same expectation, half as much again to compute.
     """
-    t, eps = draw_noise(x0, generator)
-    x_t = add_noise(x0, t, eps)
+    x0, t, eps, y = (v[part] for v in draw)
+    x_t, old = add_noise(x0, t, eps), len(range(num_real)[part])  # the first of the part's replay images
     eps_student = student(x_t, t, y)
-    denoise = (eps_student - eps).square().mean()
+    denoise = (eps_student - eps).square().mean() * (len(y) / len(draw[0]))
     if teacher is None:
         return denoise, torch.zeros_like(denoise)
     with torch.no_grad():
-        eps_teacher = teacher(x_t[num_real:], t[num_real:], y[num_real:])
-    return denoise, F.mse_loss(eps_student[num_real:], eps_teacher)
+        eps_teacher = teacher(x_t[old:], t[old:], y[old:])
+    distill = F.mse_loss(eps_student[old:], eps_teacher)
+    return denoise, distill * ((len(y) - old) / (len(draw[0]) - num_real))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -945,7 +968,7 @@ def train_task(
     and the penalty `held` may be None. Writes mean losses to `log`, stops when one is not finite, and calls
     after_epoch(their number) after each epoch.
     """
-    params, device = list(model.parameters()), x.device
+    params, device, parts = list(model.parameters()), x.device, WORLD * cfg.accumulate
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
     per_epoch = len(x) // batch
     step, steps = done * per_epoch, cfg.epochs * per_epoch
@@ -956,26 +979,36 @@ def train_task(
         for epoch in range(done + 1, cfg.epochs + 1):
             shuffled = torch.randperm(len(x), generator=generators["order"], device=device)
             dropout = torch.randint(2**62, (), generator=generators["dropout"], device=device)
-            torch.manual_seed(int(dropout))  # nn.Dropout can only draw from the global generator
+            torch.manual_seed(int(dropout) + RANK)  # nn.Dropout can only draw from the global generator
             for index in shuffled[: per_epoch * batch].split(batch):
                 batch_x, batch_y = x[index], y[index]
                 if pool:
                     old = torch.randint(len(pool[0]), (batch,), generator=generators["replay"], device=device)
                     batch_x, batch_y = torch.cat([batch_x, pool[0][old]]), torch.cat([batch_y, pool[1][old]])
-                noise = generators["noise"]
-                denoise, distill = losses(model, teacher, to_float(batch_x), batch_y, batch, noise)
-                ewc = held(parameters_to_vector(params)) if held else torch.zeros_like(denoise)
+                x0 = to_float(batch_x)
+                draw = x0, *draw_noise(x0, generators["noise"]), batch_y
+                optimizer.zero_grad()
+                both = torch.zeros(2, device=device)  # denoising loss, distillation
+                for i in range(RANK, parts, WORLD):  # each process takes its rows, in --accumulate turns
+                    part = losses(model, teacher, draw, batch, slice(i, None, parts))
+                    sum(part).backward()
+                    both += torch.stack(part).detach()
+                if WORLD > 1:
+                    for p, g in zip(params, unflat(all_sum(flat(p.grad for p in params)), params)):
+                        p.grad = g
+                ewc = torch.zeros((), device=device)
+                if held:
+                    ewc = held(parameters_to_vector(params))
+                    ewc.backward()
                 if cfg.lr_decay == "linear":
                     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
-                optimizer.zero_grad()
-                (denoise + distill + ewc).backward()
                 optimizer.step()
 
                 step += 1
-                recent.append(torch.stack([denoise, distill, ewc]).detach())
+                recent.append(torch.cat([both, ewc.detach()[None] / WORLD]))
                 if step % LOG_EVERY and step % per_epoch and step > 1:  # reading a loss waits for the GPU
                     continue
-                values = torch.stack(recent).cpu()  # (steps since the last log, 3)
+                values = all_sum(torch.stack(recent)).cpu()  # (steps since the last log, 3)
                 if not values.isfinite().all():
                     bad = step - len(values) + 1 + int((~values.isfinite().all(1)).nonzero()[0])
                     bar.close()
@@ -995,8 +1028,8 @@ def proximal(step: Callable[[Tensor, float], Tensor], model: nn.Module, optimize
     """The optimizer's hook of --form proximal: after each of its steps, theta becomes step(theta, lr)."""
     params = [*model.parameters()]
     theta = step(flat(params), optimizer.param_groups[0]["lr"])
-    for p, v in zip(params, theta.split([p.numel() for p in params])):
-        p.data.copy_(v.view_as(p))
+    for p, v in zip(params, unflat(theta, params)):
+        p.data.copy_(v)
 
 
 def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
@@ -1131,6 +1164,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
+    if WORLD * cfg.accumulate > (batch := min(cfg.batch_size, *(len(lesson.x) for lesson in tasks))):
+        stop(f"a batch of {batch} is too small for {WORLD} processes and --accumulate {cfg.accumulate}")
     shape, steps, num_classes = data.x.shape[1:], cfg.sample_steps, int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
     fid, fishers, seconds, clock = [], [], Counter(), time.perf_counter()
@@ -1159,13 +1194,19 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         peak_mb = saved["peak_mb"]
     else:
         rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
-        announce(passes_of_a_run(cfg, method, tasks) / rate)
+        announce(passes_of_a_run(cfg, method, tasks) / rate / WORLD)
 
-    real = [features(task.test_x) for task in tasks]
+    real = {k: features(task.test_x) for k, task in enumerate(tasks) if k % WORLD == RANK}
+
+    def fids(images: Sequence[Tensor]) -> list[float]:  # of each task's; every process measures its tasks
+        found = torch.zeros(len(images), dtype=torch.float64)
+        for k in range(RANK, len(images), WORLD):
+            found[k] = frechet_distance(real[k], features(images[k]))
+        return all_sum(found).tolist()
+
     # What a perfect model would score: as many training images, at random, in the place of samples.
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
-    others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
-    fid_real = [frechet_distance(a, features(images)) for a, images in zip(real, others)]
+    fid_real = fids([t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks])
     # The pictures: ten samples of two classes of each task, from the same noise after every task.
     shown = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]
     shown = torch.tensor(shown, device=device).repeat_interleave(10)
@@ -1175,10 +1216,13 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
     def draws(k: int, x: Tensor, y: Tensor, most: float = math.inf) -> Iterator[tuple]:  # of the k-th Fisher
         n, generator = min(cfg.fisher_samples or len(x), most), rng(cfg.seed, "fisher", k, device)
-        return fisher_draws(x, y, n, cfg.batch_size, generator, (cfg.fisher_from or 0, NUM_STEPS))
+        mine = slice(RANK, None, WORLD) if most == math.inf else slice(None)
+        for draw in fisher_draws(x, y, n, cfg.batch_size, generator, (cfg.fisher_from or 0, NUM_STEPS)):
+            if len(draw[0][mine]):
+                yield [v[mine] for v in draw]
 
     def checkpoint(epoch: int) -> None:  # where this run stands: after `epoch` epochs of task k
-        if epoch % cfg.checkpoint_epochs and epoch < cfg.epochs:
+        if RANK or (epoch % cfg.checkpoint_epochs and epoch < cfg.epochs):
             return
         lap("train")
         state = {"settings": settings_of(cfg), "task": k, "epoch": epoch, "log": log.tell()}
@@ -1192,8 +1236,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             torch.save(state, temporary)
         lap("checkpoint")
 
-    with open(cfg.out / "log.jsonl", "a" if saved else "w", buffering=1) as log:
-        if saved:
+    log_file = os.devnull if RANK else cfg.out / "log.jsonl"  # rank 0 alone writes
+    with open(log_file, "a" if saved else "w", buffering=1) as log:
+        if saved and not RANK:
             log.truncate(min(saved["log"], log.tell()))
         for k in range(first, len(lessons)):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
@@ -1248,20 +1293,18 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             labels = [task.test_y for task in tasks[:seen]]
             generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
             samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
-            rows = seen * len(shown) // cfg.tasks
-            chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
-            picture = torch.cat([to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks])
-            save_samples(picture, cfg.out / f"samples-task{seen}.png")
+            if not RANK:
+                rows = seen * len(shown) // cfg.tasks
+                chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
+                picture = torch.cat([to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks])
+                save_samples(picture, cfg.out / f"samples-task{seen}.png")
             lap("sample")
-            painted = samples.split([len(v) for v in labels])
-            row = [frechet_distance(a, features(images)) for a, images in zip(real, painted)]
+            row = fids(samples.split([len(v) for v in labels]))
             fid.append(row + [None] * (cfg.tasks - seen))
             numbers = "  ".join(f"{v:.1f}" for v in row)
             tqdm.write(f"after task {seen}, FID (features: {cfg.fid_features}): {numbers}")
             lap("fid")
 
-    with whole(cfg.out / "model.pt") as temporary:
-        torch.save(model.state_dict(), temporary)
     afid, forgetting = afid_and_forgetting(fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     result = {key: getattr(cfg, key) for key in ("dataset", "method", "seed")}
@@ -1270,10 +1313,16 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     result |= {"fid_features": cfg.fid_features, "fid_real": fid_real, "fisher": fishers}
     result |= {"config": settings_of(cfg)}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
-    result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
+    result |= {
+        "processes": WORLD,
+        "seconds": {key: round(value, 1) for key, value in sorted(seconds.items())},
+    }
     result |= {"peak_mb": round(max(peak_mb, peak_memory_mb(device)))}
-    plot_fid(result, cfg.out / "fid.png")
-    write_json(cfg.out / "result.json", result)
+    if not RANK:
+        with whole(cfg.out / "model.pt") as temporary:
+            torch.save(model.state_dict(), temporary)
+        plot_fid(result, cfg.out / "fid.png")
+        write_json(cfg.out / "result.json", result)
     return result
 
 
@@ -1930,6 +1979,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0)
     add("--epochs", type=positive, help="epochs a task")
     add("--batch-size", type=positive, help="real images a step; as many replayed ones come on top")
+    add("--accumulate", type=positive, default=1, help="turns to take a batch in, where memory is short")
     add("--lr", type=number(float, 0, above=True), help="Adam's learning rate")
     add("--lr-decay", choices=("none", "linear"), help="constant, or falling to 0 within each task")
     add("--channels", type=channel_list, help="the UNet's channels at each level, as 128,256,256,256")
@@ -1974,6 +2024,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         stop(f"--ema makes a teacher, which --method {cfg.method} does not have: leave it out")
     if cfg.form and not low_rank:
         stop("--form proximal is for the rank methods: leave it out")
+    if WORLD > 1 and (cfg.figure or cfg.needs or cfg.report or cfg.compare):
+        stop("torchrun is for training: start --figure, --needs, --report and --compare without it")
     if cfg.curvature or METHODS[cfg.method].penalty is None:
         cfg.lam = 0.0
     for name, value in row.items():
@@ -1989,18 +2041,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_device(name: str) -> torch.device:
     """--device as a torch.device that works; stops if it does not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         stop(f"--device {name} does not exist here: choose auto, cpu, cuda, cuda:N or mps")
     if device.type == "mps":
         print("note: --device mps is accepted but untested")
     return device
+
+
+def prepare(cfg: argparse.Namespace, device: torch.device) -> tuple[Data, Callable[[Tensor], np.ndarray]]:
+    """The data, and the features of the FID; cfg.fid_features becomes their name."""
+    data = LOADERS[cfg.dataset](cfg.data_dir)
+    size, halvings = data.x.shape[-1], len(cfg.channels) - 1
+    if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
+        levels = f"{halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
+        stop(f"--channels: {levels}")
+    if cfg.fid == "inception":
+        features, cfg.fid_features = inception_features(device), "inception"
+    else:
+        features, accuracy = classifier_features(cfg.dataset, data, device)
+        cfg.fid_features = f"{cfg.dataset}-classifier"
+        print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
+    if cfg.limit:
+        data = limit_classes(data, cfg.limit)
+        cfg.fid_features += f", limit {cfg.limit}"
+    return data, features
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -2011,6 +2083,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             return report(cfg.report)
         if cfg.compare:
             return compare(cfg.compare, cfg.over, cfg.to or Path("results") / f"compare-{cfg.over}")
+        if WORLD > 1:
+            sys.stdout = StringIO() if RANK else sys.stdout  # rank 0 speaks for all
+            dist.init_process_group(timeout=timedelta(days=1))  # rank 0 may have to shrink ImageNet first
         device = find_device(cfg.device)
         cfg.device = device.type
         if cfg.needs:
@@ -2029,31 +2104,25 @@ def main(argv: list[str] | None = None) -> dict | None:
             return result
         if not cfg.fresh:
             load_checkpoint(path, cfg)  # refuses one that does not fit, before any work
-        data = LOADERS[cfg.dataset](cfg.data_dir)
-        size, halvings = data.x.shape[-1], len(cfg.channels) - 1
-        if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
-            levels = f"{halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
-            stop(f"--channels: {levels}")
-        if cfg.fid == "inception":
-            features, cfg.fid_features = inception_features(device), "inception"
-        else:
-            features, accuracy = classifier_features(cfg.dataset, data, device)
-            cfg.fid_features = f"{cfg.dataset}-classifier"
-            print(f"FID features: a classifier of {cfg.dataset}, {accuracy:.1%} right on its test images")
-        if cfg.limit:
-            data = limit_classes(data, cfg.limit)
-            cfg.fid_features += f", limit {cfg.limit}"
-        if cfg.fresh:
-            finished.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            cfg.fresh = False  # an interrupted run goes on without it
-        for unfinished in cfg.out.glob(f"{UNFINISHED}*"):  # what this run was writing when it was killed
-            unfinished.unlink()
+        if RANK:
+            dist.barrier()  # until rank 0 has loaded everything: what it downloaded or made is there then
+        data, features = prepare(cfg, device)
+        if not RANK:
+            if cfg.fresh:
+                finished.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            for unfinished in cfg.out.glob(f"{UNFINISHED}*"):  # what this run was writing when it was killed
+                unfinished.unlink()
+            if WORLD > 1:
+                dist.barrier()
+        cfg.fresh = False  # an interrupted run goes on without it
         result = run(cfg, data, features, device)
     except KeyboardInterrupt:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-        command = shlex.join([sys.executable, sys.argv[0], *again])
-        print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
+        start = ["torchrun", "--nproc_per_node", str(WORLD)] if WORLD > 1 else [sys.executable]
+        command = shlex.join([*start, sys.argv[0], *again])
+        if not RANK:
+            print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror})")
@@ -2063,6 +2132,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
+    if WORLD > 1:
+        dist.destroy_process_group()
     print(table(result))
     if cfg.figure:
         return paint_figure(cfg, data, device)

@@ -507,8 +507,9 @@ def test_replay_pool_holds_equally_many_uint8_images_of_every_old_class():
 def test_distillation_has_no_gradient_where_student_and_teacher_agree():
     student = small_unet().eval()
     x0, y = torch.randn(6, 1, 8, 8, generator=generator()), torch.arange(6)
-    _, same = r.losses(student, copy.deepcopy(student), x0, y, 3, generator())
-    _, other = r.losses(student, small_unet(seed=1).eval(), x0, y, 3, generator())
+    draw = x0, *r.draw_noise(x0, generator()), y
+    _, same = r.losses(student, copy.deepcopy(student), draw, 3)
+    _, other = r.losses(student, small_unet(seed=1).eval(), draw, 3)
     norms = [r.flat(torch.autograd.grad(loss, student.parameters())).norm() for loss in (same, other)]
     assert norms[0] < 1e-5 * norms[1]  # not 0: the teacher's smaller batch may be rounded differently
 
@@ -525,10 +526,10 @@ def test_one_student_pass_gives_both_losses_and_the_teacher_sees_its_noisy_repla
         return predict
 
     x0, y = torch.randn(6, 1, 8, 8, generator=generator()), torch.arange(6)
-    denoise, distill = r.losses(spy("student", student), spy("teacher", teacher), x0, y, 4, generator(5))
+    t, eps = r.draw_noise(x0, generator(5))
+    denoise, distill = r.losses(spy("student", student), spy("teacher", teacher), (x0, t, eps, y), 4)
     for ours, theirs in zip(seen["student"], seen["teacher"]):
         assert torch.equal(ours[4:], theirs)
-    t, eps = r.draw_noise(x0, generator(5))
     expected = [
         r.per_sample_loss(student, x0[i : i + 1], t[i : i + 1], eps[i : i + 1], y[i : i + 1])
         for i in range(6)
@@ -1173,7 +1174,7 @@ real, calls = getattr(module, what), [0]
 
 def dies_at_the_nth_call(*args):
     calls[0] += 1
-    if calls[0] < nth:
+    if calls[0] < nth or os.environ.get("RANK", "1") != "1":  # of several processes, the second dies
         return real(*args)
     if what == "save":
         real(*args)
@@ -1278,6 +1279,107 @@ def test_a_run_on_cuda_goes_on_after_an_interrupt(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             run_main(tmp_path, *LONGER, "--device", "cuda")
     assert len(run_main(tmp_path, *LONGER, "--device", "cuda")["fid"]) == 5
+
+
+# ---- more than one process, and a batch in turns
+
+
+SHARED = ["--epochs=2", "--checkpoint-epochs=1"]  # no dropout: it is drawn anew by each process
+
+
+def two_processes(*command):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*torchrun, *command], cwd=SCRIPT.parent, check=False, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r, "CACHE", tmp_path_factory.getbasetemp() / "rank1_ewc")
+        run_main(folder, *SHARED)
+    return folder
+
+
+def log_and_result(folder):
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return log, json.loads((folder / "result.json").read_text())
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, by_one_process):
+    assert two_processes(str(SCRIPT), *QUICK, *SHARED, "--out", str(tmp_path)).returncode == 0
+    (ours, two), (theirs, one) = log_and_result(tmp_path), log_and_result(by_one_process)
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert [(v["task"], v["step"]) for v in ours] == [(v["task"], v["step"]) for v in theirs]
+    first = [i for i, v in enumerate(theirs) if v["task"] == 1] + [
+        next(i for i, v in enumerate(theirs) if v["task"] == 2)
+    ]
+    for i in first:  # up to the first step with replayed images and a teacher
+        for part in ("denoise", "distill", "ewc"):
+            assert ours[i][part] == pytest.approx(theirs[i][part], abs=1e-5)
+    for key in ("c_star", "mu_norm"):
+        assert two["fisher"][0][key] == pytest.approx(one["fisher"][0][key], rel=1e-5)
+    assert two["fid_real"] == pytest.approx(one["fid_real"])
+    assert two["afid"] == pytest.approx(one["afid"], rel=1e-2)
+    assert contents(tmp_path).keys() == contents(by_one_process).keys()
+
+
+def test_a_run_whose_second_process_died_ends_with_an_error_and_one_process_finishes_it(
+    tmp_path, by_one_process
+):
+    command = ["--no-python", sys.executable, "-c", DIES, "losses", "9", *QUICK, *SHARED]
+    assert two_processes(*command, "--out", str(tmp_path)).returncode != 0
+    assert not (tmp_path / "result.json").exists()
+    run_main(tmp_path, *SHARED)
+    (ours, result), (theirs, expected) = log_and_result(tmp_path), log_and_result(by_one_process)
+    assert len(ours) == len(theirs)
+    assert ours[-1]["denoise"] == pytest.approx(theirs[-1]["denoise"], rel=1e-2)
+    assert result["afid"] == pytest.approx(expected["afid"], rel=1e-2)
+
+
+def test_the_parts_of_a_batch_add_up_to_its_losses_and_its_gradient():
+    student, teacher = small_unet(seed=0).eval(), small_unet(seed=1).eval()
+    x0, y = r.to_float(small_images(11)[0]), torch.arange(11) % 10
+    draw = x0, *r.draw_noise(x0, generator()), y
+
+    def gradient(parts):
+        found = [r.losses(student, teacher, draw, 6, part) for part in parts]
+        student.zero_grad()
+        for part in found:
+            sum(part).backward()
+        return torch.tensor([[v.item() for v in part] for part in found]).sum(0), r.flat(
+            p.grad for p in student.parameters()
+        )
+
+    for ours, whole in zip(gradient([slice(i, None, 3) for i in range(3)]), gradient([slice(None)])):
+        torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_each_process_paints_its_share_of_the_samples(monkeypatch):
+    model, y = small_unet(), torch.arange(10).repeat_interleave(25)  # 250: two batches of 100, one of 50
+
+    def paint():
+        return r.sample_images(model, (1, 8, 8), y, 2, generator(), "")
+
+    whole = paint()
+    monkeypatch.setattr(r, "WORLD", 3)
+    monkeypatch.setattr(r, "all_sum", lambda v: v)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(r, "RANK", rank)
+        shares.append(paint())
+    assert torch.equal(sum(shares), whole)
+    assert all(share.any() and not torch.equal(share, whole) for share in shares)
+
+
+@pytest.mark.parametrize("flag", ["--report", "--compare", "--needs", "--figure=1"])
+def test_torchrun_is_refused_for_what_trains_nothing(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(r, "WORLD", 2)
+    assert "torchrun" in refusal(capsys, flag, *([] if "=" in flag else [tmp_path]))
+
+
+def test_a_batch_too_small_for_its_parts_is_refused(tmp_path, capsys):
+    assert "--accumulate 65" in refusal(capsys, *QUICK, "--accumulate=65", "--out", tmp_path)
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, uninterrupted, monkeypatch, capsys):
