@@ -959,6 +959,26 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 # One task; the loop over tasks; and the checkpoint from which a stopped run goes on.
 
 
+def speedup(cfg, name: str, device: torch.device) -> bool:
+    """Whether --bf16 or --compile is on: said so, or not said and on a GPU."""
+    return device.type == "cuda" if getattr(cfg, name) is None else getattr(cfg, name)
+
+
+def autocast(cfg, device: torch.device) -> torch.autocast:
+    """bfloat16 in convolutions and matrix products, for a GPU's tensor cores; weights and sums stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=speedup(cfg, "bf16", device))
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, tried on next to nothing; says so if it does not."""
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    except (RuntimeError, OSError, ImportError) as error:  # no compiler, or one that does not fit
+        print(f"note: torch.compile does not work here ({type(error).__name__}), going on without it")
+        return False
+    return True
+
+
 def train_task(
     cfg, task: int, done: int, model, optimizer, generators, teacher, held, x, y, pool, log, after_epoch
 ) -> None:
@@ -990,7 +1010,8 @@ def train_task(
                 optimizer.zero_grad()
                 both = torch.zeros(2, device=device)  # denoising loss, distillation
                 for i in range(RANK, parts, WORLD):  # each process takes its rows, in --accumulate turns
-                    part = losses(model, teacher, draw, batch, slice(i, None, parts))
+                    with autocast(cfg, device):
+                        part = losses(model, teacher, draw, batch, slice(i, None, parts))
                     sum(part).backward()
                     both += torch.stack(part).detach()
                 if WORLD > 1:
@@ -1193,8 +1214,11 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         seconds.update(saved["seconds"])
         peak_mb = saved["peak_mb"]
     else:
-        rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
+        with autocast(cfg, device):
+            rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
         announce(passes_of_a_run(cfg, method, tasks) / rate / WORLD)
+    if compiled := speedup(cfg, "compile", device) and can_compile(device):
+        model.compile()
 
     real = {k: features(task.test_x) for k, task in enumerate(tasks) if k % WORLD == RANK}
 
@@ -1245,6 +1269,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             x, y = (v.to(device) for v in lessons[k][:2])
             last = average.module if average else model
             teacher = copy.deepcopy(last).eval().requires_grad_(False) if k else None
+            if (
+                teacher and compiled
+            ):  # as the last teacher was: compiled code goes by the code, not the weights
+                teacher.compile()
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
             average = cfg.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
             purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
@@ -1273,7 +1301,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
-                pool = replay_pool(teacher, shape, k * per_task, cfg.replay_per_class, steps, generator, name)
+                old = k * per_task
+                with autocast(cfg, device):
+                    pool = replay_pool(teacher, shape, old, cfg.replay_per_class, steps, generator, name)
                 lap("sample")
 
             taught = teacher if method.distill else None
@@ -1282,7 +1312,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
-                fisher = method.fisher(model, partial(draws, k, x, y))
+                with torch.compiler.set_stance(
+                    "force_eager"
+                ):  # torch.func's derivatives go by the code itself
+                    fisher = method.fisher(model, partial(draws, k, x, y))
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(method, fisher))
                 if cfg.curvature and k == 0:
@@ -1292,7 +1325,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             seen = cfg.tasks if method.joint else k + 1
             labels = [task.test_y for task in tasks[:seen]]
             generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
-            samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
+            with autocast(cfg, device):
+                samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
             if not RANK:
                 rows = seen * len(shown) // cfg.tasks
                 chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
@@ -1980,6 +2014,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive, help="epochs a task")
     add("--batch-size", type=positive, help="real images a step; as many replayed ones come on top")
     add("--accumulate", type=positive, default=1, help="turns to take a batch in, where memory is short")
+    switch = argparse.BooleanOptionalAction
+    add("--bf16", action=switch, help="train and sample in bfloat16 (default: on a GPU)")
+    add("--compile", action=switch, help="compile the network, a minute (default: on a GPU)")
     add("--lr", type=number(float, 0, above=True), help="Adam's learning rate")
     add("--lr-decay", choices=("none", "linear"), help="constant, or falling to 0 within each task")
     add("--channels", type=channel_list, help="the UNet's channels at each level, as 128,256,256,256")

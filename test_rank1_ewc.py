@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -1380,6 +1381,58 @@ def test_torchrun_is_refused_for_what_trains_nothing(tmp_path, capsys, monkeypat
 
 def test_a_batch_too_small_for_its_parts_is_refused(tmp_path, capsys):
     assert "--accumulate 65" in refusal(capsys, *QUICK, "--accumulate=65", "--out", tmp_path)
+
+
+# ---- what makes it fast
+
+
+def test_compiled_is_the_same_run_and_nothing_is_compiled_again_after_the_second_task_began(
+    tmp_path, monkeypatch
+):
+    graphs, train_task = [], r.train_task
+
+    def train(*args):
+        train_task(*args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    argv = [*SHARED, "--replay-per-class=20"]  # fewer than 16 images at once are a case of their own
+    run_main(tmp_path / "eager", *argv)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the last stage
+    monkeypatch.setattr(r, "train_task", train)
+    run_main(tmp_path / "compiled", *argv, "--compile")
+    (ours, result), (theirs, expected) = (log_and_result(tmp_path / f) for f in ("compiled", "eager"))
+    assert graphs[0] > 1
+    assert graphs[1] == graphs[-1]
+    assert ours[-1]["denoise"] == pytest.approx(theirs[-1]["denoise"], rel=1e-3)
+    assert result["afid"] == pytest.approx(expected["afid"], rel=1e-3)
+
+
+def test_without_a_compiler_the_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert len(run_main(tmp_path, "--compile")["fid"]) == 5
+    assert "note: torch.compile does not work here" in capsys.readouterr().out
+
+
+def test_bf16_trains_and_samples_in_bfloat16_and_keeps_weights_and_fisher_in_float32(tmp_path, monkeypatch):
+    seen, forward = set(), r.UNet.forward
+
+    def spy(model, x, t, y):
+        out = forward(model, x, t, y)
+        seen.add((model.training, torch._C._functorch.maybe_current_level() is not None, out.dtype))
+        return out
+
+    monkeypatch.setattr(r.UNet, "forward", spy)
+    result = run_main(tmp_path, "--bf16", "--method=diag")
+    assert all(math.isfinite(v) for v in result["afid"])
+    assert (True, False, torch.bfloat16) in seen
+    assert (False, False, torch.bfloat16) in seen
+    assert {dtype for _, derivative, dtype in seen if derivative} == {torch.float32}
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {v.dtype for v in weights.values()} == {torch.float32}
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, uninterrupted, monkeypatch, capsys):
