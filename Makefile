@@ -27,6 +27,9 @@ demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: FID tab
 test: .venv/installed  ## the tests
 	$(PY) -m pytest -q -W ignore::DeprecationWarning test_rank1_ewc.py
 
+bench: .venv/installed  ## the plain way against ours, line by line, to results/bench-<device>.json: 20 minutes on a CPU
+	$(PY) test_rank1_ewc.py
+
 lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/pip install --quiet ruff==0.17.6
 	.venv/bin/ruff check --line-length 110 .
@@ -121,5 +124,5 @@ converged: .venv/installed  ## twice the epochs for GD, on a seed of its own: is
 needs: .venv/installed  ## hours and disk of every run on this machine, computed from its speed
 	$(RUN) --needs results/needs.json
 
-.PHONY: help demo test lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
+.PHONY: help demo test bench lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
 .PHONY: fig3-training lambda rank-k decoupled regime mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)

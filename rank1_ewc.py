@@ -861,12 +861,13 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """clean-fid's ||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), N >= 2.
 
-    With A, B the centred features over sqrt(N - 1), the last trace is the sum of A B^T's singular values: the
-    same number without a matrix square root, which is slow and warns or fails where N < d (singular S).
+    With A, B the centred features over sqrt(N - 1) and M = A B^T, the last trace is that of (M M^T)^1/2, from
+    eigenvalues: no matrix square root, which is ten times slower and warns or fails where N < d (singular S).
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))  # QR: d rows do
-    cross = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    M = A @ B.T
+    cross = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross)
 
 
@@ -965,7 +966,7 @@ def speedup(cfg, name: str, device: torch.device) -> bool:
 
 
 def autocast(cfg, device: torch.device) -> torch.autocast:
-    """bfloat16 in convolutions and matrix products, for a GPU's tensor cores; weights and sums stay float32."""
+    """bfloat16 in convolutions and matrix products, for tensor cores; weights and sums stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=speedup(cfg, "bf16", device))
 
 
@@ -1053,17 +1054,24 @@ def proximal(step: Callable[[Tensor, float], Tensor], model: nn.Module, optimize
         p.data.copy_(v)
 
 
-def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> int:
-    """How often the whole run passes one image forward through the network; a backward pass counts as two."""
-    passes, tests = 0, [len(task.test_y) for task in tasks]
+def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> Counter:
+    """How often a run passes one image forward through the network, by part; a backward pass counts as two.
+
+    The replay grows with the square of the number of tasks: every task paints all old classes anew.
+    """
+    passes, tests = Counter(), [len(task.test_y) for task in tasks]
     if method.joint:
-        return 3 * cfg.epochs * sum(len(task.y) for task in tasks) + cfg.sample_steps * sum(tests)
+        passes["training"] = 3 * cfg.epochs * sum(len(task.y) for task in tasks)
+        passes["FID"] = cfg.sample_steps * sum(tests)
+        return passes
     for k, task in enumerate(tasks):
         replay, distill = (k > 0 and on for on in (method.replay, method.distill))
-        passes += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
-        passes += 6 * (cfg.fisher_samples or len(task.y)) * (method.fisher is not None and k + 1 < len(tasks))
-        pool = replay * cfg.replay_per_class * sum(len(old.y.unique()) for old in tasks[:k])
-        passes += cfg.sample_steps * (pool + sum(tests[: k + 1]))  # for the replay, for the FID
+        passes["training"] += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
+        if method.fisher and k + 1 < len(tasks):
+            passes["Fisher"] += 6 * (cfg.fisher_samples or len(task.y))
+        old = sum(len(task.y.unique()) for task in tasks[:k])
+        passes["replay"] += cfg.sample_steps * replay * cfg.replay_per_class * old
+        passes["FID"] += cfg.sample_steps * sum(tests[: k + 1])
     return passes
 
 
@@ -1090,27 +1098,38 @@ def announce(seconds: float) -> None:
     tqdm.write(f"At this rate the whole run takes about {seconds / units[unit]:.0f} {unit}.{hint}")
 
 
+def hours_by_part(cfg, method: str, tasks: int, rate: float) -> dict[str, float]:
+    """The hours of a run of `tasks` tasks, each as large as in cfg.dataset's row, at `rate` passes a second."""
+    _, _, classes, *counts = (v * tasks // cfg.tasks for v in SIZES[cfg.dataset])
+    y, test_y = (torch.arange(n) * classes // n for n in counts)
+    passes = passes_of_a_run(cfg, METHODS[method], split_tasks(Data(y, y, test_y, test_y), tasks))
+    hours = {part: n / rate / 3600 for part, n in {**passes, "all": passes.total()}.items()}
+    return {part: round(h, 2 if h < 10 else None) for part, h in hours.items()}
+
+
 def needs(path: Path, device: torch.device) -> None:
     """What a run of each dataset and method would take on this device, without its data: JSON in `path`.
 
-    hours: computed from the network's passes in a run and the measured passes a second. gb_weights: in memory
-    for the model, its gradient, Adam's two moments, the teacher and the penalty (the activations come on
-    top); gb_checkpoint: the same on disk, less the gradient.
+    hours: computed from the network's passes in a run and the measured passes a second; hours_of_tasks: of
+    rank1 by part, for this and other numbers of tasks, each as large. gb_weights: in memory for the model, its
+    gradient, Adam's two moments, the teacher and the penalty (the activations come on top); gb_checkpoint: the
+    same on disk, less the gradient.
     """
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found = {"device": name, "threads": torch.get_num_threads()}
-    for dataset, (channels, size, classes, *counts) in SIZES.items():
+    for dataset, (channels, size, classes, *_) in SIZES.items():
         cfg = parse_args(["--dataset", dataset])
         model = UNet(channels, classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
-        rate = passes_per_second(model, (channels, size, size), 2 * cfg.batch_size, device)
-        y, test_y = (torch.arange(n) * classes // n for n in counts)
-        tasks = split_tasks(Data(y, y, test_y, test_y), cfg.tasks)
-        hours = {m: passes_of_a_run(cfg, METHODS[m], tasks) / rate / 3600 for m in TABLE_1}
+        with autocast(cfg, device):
+            rate = passes_per_second(model, (channels, size, size), 2 * cfg.batch_size, device)
+
         gb = 4e-9 * sum(p.numel() for p in model.parameters())
         vectors = {"gd": 4, "diag": 6, "rank1": 3 + cfg.tasks}  # on disk: model, moments, teacher; Fisher
         found[dataset] = {
             "passes_per_second": round(rate, 1),
-            "hours": {m: round(h, 2 if h < 10 else None) for m, h in hours.items()},
+            "hours": {m: hours_by_part(cfg, m, cfg.tasks, rate)["all"] for m in TABLE_1},
+            "hours_of_tasks": {n: hours_by_part(cfg, "rank1", n, rate) for n in sorted({cfg.tasks, 20, 100})},
             "gb_weights": {m: round((v + 1) * gb, 3) for m, v in vectors.items()},
             "gb_checkpoint": {m: round(v * gb, 3) for m, v in vectors.items()},
         }
@@ -1216,7 +1235,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     else:
         with autocast(cfg, device):
             rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
-        announce(passes_of_a_run(cfg, method, tasks) / rate / WORLD)
+        announce(passes_of_a_run(cfg, method, tasks).total() / rate / WORLD)
     if compiled := speedup(cfg, "compile", device) and can_compile(device):
         model.compile()
 

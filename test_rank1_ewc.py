@@ -3,14 +3,22 @@
 import contextlib
 import copy
 import csv
+import ctypes
+import gc
 import hashlib
+import io
 import json
 import math
+import os
 import pickle
+import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -22,6 +30,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import rank1_ewc as r
 
@@ -888,7 +897,7 @@ def test_the_promised_time_counts_the_networks_real_passes(capsys, tmp_path, mon
     assert "At this rate the whole run takes about" in capsys.readouterr().out
     pictures = 2 * 10 * 2 * (1 + 2 + 3 + 4 + 5)  # DDIM steps x images a class x classes: too few to promise
     forward_mode = 4 * 200 * 2 * (method == "rank1")  # done without a graph, counted as 1, costs about 3
-    assert counted[0] - pictures + forward_mode == pytest.approx(promised[0], rel=0.15)
+    assert counted[0] - pictures + forward_mode == pytest.approx(promised[0].total(), rel=0.15)
 
 
 def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, monkeypatch):
@@ -902,6 +911,10 @@ def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, m
         data.test_x
     )  # all images 270 times, there and back; FID samples
     assert digits["hours"]["joint"] == pytest.approx(passes / 1000 / 3600, abs=0.005)
+    replay = (
+        20 * 200 * sum(2 * k for k in range(100))
+    )  # DDIM steps x images a class x old classes of each task
+    assert digits["hours_of_tasks"]["100"]["replay"] == pytest.approx(replay / 1000 / 3600, abs=0.5)
     weights = sum(p.numel() for p in r.UNet(1, 10, (16, 32), 1).parameters())
     assert digits["gb_checkpoint"]["rank1"] == pytest.approx(8 * 4e-9 * weights, abs=0.001)
 
@@ -1789,3 +1802,322 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_task_step_and_settings(cap
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
     assert all(words in error for words in ("task 1", "step 2", "--lr", "1e+12", "--lam"))
+
+
+# ---- make bench: the plain ways, as the authors' code has them, against ours. Not a test: ratios of one run on
+# one machine. On a CPU at the digits' size, on a GPU at the paper's.
+
+
+def one_by_one(model, draws, use):
+    """use(gradient in float64 (D,)) for every sample."""
+    model.eval()
+    for draw in draws():
+        for i in range(len(draw[0])):
+            loss = r.per_sample_loss(model, *(v[i : i + 1] for v in draw)).mean()
+            use(r.flat(torch.autograd.grad(loss, model.parameters())).double())
+
+
+def plain_rank1_fisher(model, draws):
+    total, n = 0.0, 0
+
+    def add(g):
+        nonlocal total, n
+        total, n = total + g, n + 1
+
+    one_by_one(model, draws, add)
+    mu, squares = total / n, []
+    one_by_one(model, draws, lambda g: squares.append(float(mu @ g) ** 2))
+    return mu, sum(squares) / n / float(mu @ mu) ** 2
+
+
+def plain_diagonal_fisher(model, draws):
+    squares = []
+
+    def add(g):
+        squares[:] = [g.square() + squares[0]] if squares else [g.square()]
+
+    one_by_one(model, draws, add)
+    return squares[0] / sum(len(draw[0]) for draw in draws())
+
+
+def plain_training(cfg, model, teacher, x, y, pool, generators, steps):
+    """Two passes of the student, real and replayed images, then these again beside the teacher; float32."""
+    optimizer, found = torch.optim.Adam(model.parameters(), lr=cfg.lr), []
+    shuffled = torch.randperm(len(x), generator=generators["order"], device=x.device)
+    torch.randint(2**62, (), generator=generators["dropout"], device=x.device)
+    for index in shuffled.split(cfg.batch_size)[:steps]:
+        old = torch.randint(len(pool[0]), index.shape, generator=generators["replay"], device=x.device)
+        images, labels = r.to_float(torch.cat([x[index], pool[0][old]])), torch.cat([y[index], pool[1][old]])
+        t, eps = r.draw_noise(images, generators["noise"])
+        denoise = (model(r.add_noise(images, t, eps), t, labels) - eps).square().mean()
+        images, t, eps, labels = (v[len(index) :] for v in (images, t, eps, labels))
+        x_t = r.add_noise(images, t, eps)
+        with torch.no_grad():
+            taught = teacher(x_t, t, labels)
+        distill = (model(x_t, t, labels) - taught).square().mean()
+        optimizer.zero_grad()
+        (denoise + distill).backward()
+        optimizer.step()
+        found.append([denoise.item(), distill.item()])
+    return np.mean(found[-r.LOG_EVERY :], 0)
+
+
+def plain_penalty(lam, tasks, theta):
+    """tasks: (mu, c*, theta*) of each, in float64."""
+    return lam / 2 * sum(c * (mu @ (theta.double() - star)) ** 2 for mu, c, star in tasks)
+
+
+def plain_frechet_distance(a, b):
+    return cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+
+
+class PILImages(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = [Image.fromarray(image[0].numpy()) for image in images.cpu()]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return torchvision.transforms.functional.to_tensor(self.images[i]) * 2 - 1
+
+
+def peak_mb(device, work):
+    """The memory (MB) that work() took at its most, beyond what was there before; None if not known."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return work() and None
+    ctypes.CDLL(None).malloc_trim(0)  # Linux: what was freed goes back, and the peak begins anew
+    reset.write_text("5")
+    kb = {}
+    for when in ("before", "after"):
+        kb[when] = dict(line.split(":") for line in status.read_text().splitlines())
+        if when == "before":
+            work()
+    return (int(kb["after"]["VmHWM"].split()[0]) - int(kb["before"]["VmRSS"].split()[0])) / 2**10
+
+
+def timed(device, work):
+    started = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def difference(ours, plain):
+    """The largest difference, as a share of the largest value."""
+    ours, plain = (torch.as_tensor(v).double().flatten().cpu() for v in (ours, plain))
+    return float((ours - plain).abs().max() / plain.abs().max())
+
+
+def compare_ways(device, work, at_least, plain, ours, memory=None, repeat=5):
+    """Both ways, turn about: the ratio of the medians. A first call of each, to warm up, is not counted."""
+    results = [timed(device, way)[1] for way in (plain, ours)]
+    memory = memory or [peak_mb(device, way) for way in (plain, ours)]
+    seconds = [[timed(device, way)[0] for way in (plain, ours)] for _ in range(repeat)]
+    plain_s, ours_s = np.median(seconds, 0).tolist()
+    found = {
+        "work": work,
+        "plain s": plain_s,
+        "ours s": ours_s,
+        "ratio": plain_s / ours_s,
+        "at least": at_least,
+    }
+    found |= {"plain MB": memory[0], "ours MB": memory[1], "difference": difference(*results[::-1])}
+    return found | {"passed": at_least is None or found["ratio"] >= at_least}
+
+
+def bench_ways(cfg, device):
+    """(work, at least this ratio on a CPU, on a GPU, the plain way, ours); each way gives its result."""
+    cuda = device.type == "cuda"
+    channels, size, classes, *_ = r.SIZES[cfg.dataset]
+    models = {}
+    for seed, who in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        models[who] = r.UNet(channels, classes, cfg.channels, cfg.layers_per_block, 0.0).to(device)
+        models[f"fast {who}"] = copy.deepcopy(models[who])
+        if r.speedup(cfg, "compile", device) and r.can_compile(device):
+            models[f"fast {who}"].compile()
+    for who in ("teacher", "fast teacher"):
+        models[who].eval().requires_grad_(False)
+    steps, batch, old = 20, cfg.batch_size, classes - classes // cfg.tasks
+    shape, generator = (channels, size, size), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (steps * batch, *shape), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(classes, (len(images),), generator=generator).to(device)
+
+    def draws(most=math.inf):
+        n = 2 * batch if cuda else 200
+        return r.fisher_draws(images, labels, n, batch, r.rng(0, "fisher", 0, device))
+
+    def mu_and_c_star(fisher):
+        mu, c_star = fisher(models["student"], draws)
+        return torch.cat([mu.double().flatten() / mu.abs().max(), torch.as_tensor(c_star).to(mu).flatten()])
+
+    yield (
+        *("mu and c* of one task", 1.5, 30),
+        *(partial(mu_and_c_star, fisher) for fisher in (plain_rank1_fisher, r.rank1_fisher)),
+    )
+    yield (
+        *("diagonal of F", 1.5, 15),
+        *(partial(fisher, models["student"], draws) for fisher in (plain_diagonal_fisher, r.diagonal_fisher)),
+    )
+
+    start, pool = copy.deepcopy(models["student"].state_dict()), (images.flip(0), labels.flip(0))
+
+    def trained(train, fast):
+        model = models[f"{fast}student"]
+        model.load_state_dict(start)
+        generators = {p: r.rng(0, p, 0, device) for p in ("order", "replay", "noise", "dropout")}
+        return train(model, models[f"{fast}teacher"], generators)  # mean losses of the last ten steps
+
+    def our_training(model, teacher, generators):
+        optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
+        log, held = io.StringIO(), None
+        given = model, optimizer, generators, teacher, held, images, labels, pool, log
+        r.train_task(cfg, 1, 0, *given, lambda epoch: None)
+        last = json.loads(log.getvalue().splitlines()[-1])
+        return [last["denoise"], last["distill"]]
+
+    def their_training(model, teacher, generators):
+        return plain_training(cfg, model, teacher, images, labels, pool, generators, steps)
+
+    yield (
+        *(f"{steps} training steps with replay and distillation", 1.3, 3),
+        *(partial(trained, their_training, ""), partial(trained, our_training, "fast ")),
+    )
+
+    theta = r.flat(models["student"].parameters())
+    penalty, stored = r.LowRankPenalty(1.0), []
+    for _ in range(19):
+        mu, step = (torch.randn(theta.shape, generator=generator).to(device) for _ in range(2))
+        penalty.add((mu[None], mu.new_tensor([1e-6])), theta + 0.01 * step)
+        stored.append((mu.double(), 1e-6, (theta + 0.01 * step).double()))
+    held = penalty.start(theta)
+
+    def gradient(of):
+        weights = theta.clone().requires_grad_()
+        return torch.autograd.grad(of(weights), weights)[0]
+
+    yield (
+        *("penalty and its gradient after 19 tasks", None, None),
+        *(partial(gradient, partial(plain_penalty, 1.0, stored)), partial(gradient, held)),
+        [sum(v.nbytes for v in kept) / 2**20 for kept in ([v for s in stored for v in s[::2]], [penalty.a])],
+    )
+    del stored, held, penalty
+
+    def paint(name):
+        generator = r.rng(0, "pool", 0, device)
+        if name == "fast teacher":
+            with r.autocast(cfg, device):
+                sampling = cfg.replay_per_class, cfg.sample_steps
+                return r.replay_pool(models[name], shape, old, *sampling, generator, "replay")[0]
+        painted = []
+        for c in range(old):
+            for n in torch.ones(cfg.replay_per_class).split(r.SAMPLE_BATCH):
+                noise = torch.randn(len(n), *shape, generator=generator, device=device)
+                y = torch.full((len(n),), c, device=device)
+                painted.append(r.to_uint8(r.ddim_sample(models[name], noise, y, cfg.sample_steps)))
+        return torch.cat(painted)
+
+    yield "sampling the replay pool", 1.3, 3, partial(paint, "teacher"), partial(paint, "fast teacher")
+
+    a, b = (np.random.default_rng(seed).normal(size=(2000, 2048)) ** 2 + seed / 10 for seed in range(2))
+    yield (
+        *("Frechet distance, 2048 features, 2000 images a side", 10, 10),
+        *(partial(plain_frechet_distance, a, b), partial(r.frechet_distance, a, b)),
+    )
+
+    many = torch.randint(0, 256, (12000, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    loader, resident = torch.utils.data.DataLoader(PILImages(many), batch), many.to(device)
+    yield (
+        *("reading a task's 12,000 images", 20, 20),
+        lambda: torch.stack([x.to(device).mean() for x in loader]),
+        lambda: torch.stack([r.to_float(x).mean() for x in resident.split(batch)]),
+    )
+
+
+def step_against_matrix_products(cfg, device, seconds):
+    """What share of the device's measured matrix-product peak a training step of so many seconds reaches."""
+    channels, size, classes, *_ = r.SIZES[cfg.dataset]
+    model = r.UNet(channels, classes, cfg.channels, cfg.layers_per_block, 0.0).to(device)
+    n, zeros = 2 * cfg.batch_size, torch.zeros(2 * cfg.batch_size, dtype=torch.long, device=device)
+    x = torch.zeros(n, channels, size, size, device=device)
+    with FlopCounterMode(display=False) as counter:
+        r.losses(model, copy.deepcopy(model), (x, zeros, x, zeros), cfg.batch_size)[0].backward()
+    bf16 = r.speedup(cfg, "bf16", device)
+    square = torch.randn((8192,) * 2 if device.type == "cuda" else (2048,) * 2, device=device)
+    square = square.bfloat16() if bf16 else square
+    best = min(timed(device, lambda: square @ square)[0] for _ in range(20))
+    peak = 2 * len(square) ** 3 / best
+    return {
+        "GFLOP a step": counter.get_total_flops() / 1e9,
+        "matrix-product peak, GFLOP/s": peak / 1e9,
+        "share": counter.get_total_flops() / seconds / peak,
+    }
+
+
+def bench_results(device):
+    """AFID of a short digits run of each seed, with and without what may change its rounding."""
+    variants = {
+        "plain": "--no-bf16 --no-compile",
+        "bf16": "--bf16 --no-compile",
+        "compile": "--no-bf16 --compile",
+    }
+    variants |= {"accumulate 2": "--no-bf16 --no-compile --accumulate 2"}
+    found = {}
+    for name, flags in variants.items():
+        found[name] = []
+        for seed in range(3):
+            with tempfile.TemporaryDirectory() as folder:
+                argv = f"--epochs 27 --replay-per-class 50 --seed {seed} --device {device.type} {flags} --out"
+                found[name].append(r.main([*argv.split(), folder])["afid"][-1])
+    return found
+
+
+def bench():
+    """A table on the screen; all of it in results/bench-<device>.json."""
+    torch.set_num_threads(os.cpu_count())
+    r.BAR["disable"] = True
+    device = r.find_device("auto")
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    cfg = r.parse_args(["--dataset=mnist" if cuda else "--dataset=digits", "--dropout=0", "--epochs=1"])
+    if cuda:  # less to paint than in the paper, with the same network and batches
+        cfg.sample_steps, cfg.replay_per_class = 10, 100
+    lines = {}
+    for work, on_cpu, on_gpu, *ways in bench_ways(cfg, device):
+        print(f"{work} ..", flush=True)
+        lines[work] = compare_ways(device, work, on_gpu if cuda else on_cpu, *ways)
+    step = next(v["ours s"] for work, v in lines.items() if "steps" in work) / 20
+    reached = step_against_matrix_products(cfg, device, step)
+    penalty = lines["penalty and its gradient after 19 tasks"]
+    penalty["share of a step"] = penalty["ours s"] / step
+    penalty["passed"] = penalty["ours MB"] <= penalty["plain MB"] / 3
+    penalty["passed"] &= penalty["share of a step"] <= 0.05 or not cuda
+    results = bench_results(device)
+
+    def cell(v):
+        return "-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
+
+    head = ["work", "plain s", "ours s", "ratio", "at least", "passed", "plain MB", "ours MB", "difference"]
+    print(f"\n{name}, torch {torch.__version__}, {cfg.dataset}'s network at batch {cfg.batch_size}\n")
+    print(r.markdown([head, *([cell(line[key]) for key in head] for line in lines.values())]))
+    print("\nAFID of a short digits run, seeds 0 to 2:")
+    for variant, afid in results.items():
+        mean, error = r.mean_and_error(afid)
+        print(f"  {variant:14} {mean:.1f} ± {error:.1f}")
+    print(f"a training step reaches {reached['share']:.0%} of the matrix-product peak measured here")
+    found = {"device": name, "torch": torch.__version__, "dataset": cfg.dataset, "batch": cfg.batch_size}
+    found |= {"lines": [*lines.values()], "AFID of short runs": results, "step": {"seconds": step} | reached}
+    r.write_json(SCRIPT.parent / "results" / f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json", found)
+
+
+if __name__ == "__main__":
+    bench()
