@@ -131,7 +131,7 @@ LOG_EVERY = 10  # training steps
 GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-# Settings that change no number of a run (--accumulate: but for rounding):
+# Settings that change no number of a run (--accumulate: but for rounding and the draws of --dropout):
 PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "accumulate")
 PLACES += ("figure", "compare", "over", "to", "report", "needs")
 OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
@@ -139,10 +139,9 @@ DAMAGED = (  # what reading a file may raise that is cut short, or something els
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
 )
-# torchrun starts WORLD processes of this script, and tells each which it is:
-RANK, LOCAL_RANK, WORLD = (
-    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+# torchrun starts WORLD processes of this script on a machine, and tells each its number:
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "disable": RANK > 0}
 
 
@@ -157,6 +156,13 @@ def all_sum(v: Tensor) -> Tensor:
     if WORLD > 1:
         dist.all_reduce(v)
     return v
+
+
+def same_for_all(*values: float) -> None:
+    """Stop if another process has found other values in the files."""
+    v = torch.tensor(values, dtype=torch.float64)
+    if not torch.equal(all_sum(v.clone()), v * WORLD):
+        stop("the processes do not see the same files: --out must be one folder for all of them")
 
 
 def rng(seed: int, purpose: str, task: int, device: torch.device) -> torch.Generator:
@@ -580,7 +586,7 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
     for t in range((steps - 1) * stride, -1, -stride):
-        eps = predict(x, torch.full_like(y, t), y)
+        eps = predict(x, torch.full_like(y, t), y).float()  # of bfloat16, where that is on
         x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
         abar_next = abar[t - stride] if t else torch.ones_like(abar[0])
         x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
@@ -638,12 +644,15 @@ def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]
 
 
 def gradients(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (B, D) that take at most 1 GB while they are made. `loss`: as losses_at.
+    """g_i of every sample, in chunks (B, D). `loss`: as losses_at.
 
-    They share no work beyond their batched kernels: slower than as many backward passes of whole batches.
+    While a chunk is made it takes at most 1 GB, or on a GPU a quarter of what is free. Its gradients share no
+    work beyond their batched kernels: slower than as many backward passes of whole batches.
     """
     theta = {name: p.detach() for name, p in model.named_parameters()}
-    chunk = max(1, 125_000_000 // sum(p.numel() for p in theta.values()))
+    device = next(iter(theta.values())).device
+    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
+    chunk = max(1, memory // (8 * sum(p.numel() for p in theta.values())))
     of_one = grad(lambda theta, *sample: loss(model, [v[None] for v in sample], theta)[0])
     for draw in draws:
         for part in zip(*(v.split(chunk) for v in draw)):
@@ -839,10 +848,10 @@ def losses(
     batch's two means what its rows `part` add. ONE student pass serves both losses: the authors pass the
     replay images again, at an independent (t, eps): the same expectation, half as much again to compute.
     """
-    x0, t, eps, y = (v[part] for v in draw)
+    x0, t, eps, y = (v[part].contiguous() for v in draw)  # other strides would be compiled anew
     x_t, old = add_noise(x0, t, eps), len(range(num_real)[part])  # the first of the part's replay images
     eps_student = student(x_t, t, y)
-    denoise = (eps_student - eps).square().mean() * (len(y) / len(draw[0]))
+    denoise = F.mse_loss(eps_student, eps) * (len(y) / len(draw[0]))
     if teacher is None:
         return denoise, torch.zeros_like(denoise)
     with torch.no_grad():
@@ -961,8 +970,10 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 
 
 def speedup(cfg, name: str, device: torch.device) -> bool:
-    """Whether --bf16 or --compile is on: said so, or not said and on a GPU."""
-    return device.type == "cuda" if getattr(cfg, name) is None else getattr(cfg, name)
+    """Whether --bf16 or --compile is on: said so, or not said and on a GPU that is made for it."""
+    if getattr(cfg, name) is not None:
+        return getattr(cfg, name)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(cfg, device: torch.device) -> torch.autocast:
@@ -970,11 +981,16 @@ def autocast(cfg, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=speedup(cfg, "bf16", device))
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, tried on next to nothing; says so if it does not."""
+def can_compile(cfg, model: nn.Module, shape: tuple, device: torch.device) -> bool:
+    """Compile a copy for a step of training; the model shares its code. Says so where that does not work."""
+    torch._dynamo.config.recompile_limit = 32  # student and teacher, training and sampling, some sizes
+    n, probe = cfg.batch_size // (WORLD * cfg.accumulate), copy.deepcopy(model)
+    x, zeros = torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.long, device=device)
     try:
-        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
-    except (RuntimeError, OSError, ImportError) as error:  # no compiler, or one that does not fit
+        probe.compile()
+        with autocast(cfg, device):
+            probe(x, zeros, zeros + 1).sum().backward()
+    except Exception as error:  # noqa: BLE001, of many kinds: no compiler, or one that does not fit
         print(f"note: torch.compile does not work here ({type(error).__name__}), going on without it")
         return False
     return True
@@ -1015,19 +1031,19 @@ def train_task(
                         part = losses(model, teacher, draw, batch, slice(i, None, parts))
                     sum(part).backward()
                     both += torch.stack(part).detach()
+                ewc = torch.zeros((), device=device)
+                if held:
+                    ewc = held(parameters_to_vector(params)) / WORLD
+                    ewc.backward()
                 if WORLD > 1:
                     for p, g in zip(params, unflat(all_sum(flat(p.grad for p in params)), params)):
                         p.grad = g
-                ewc = torch.zeros((), device=device)
-                if held:
-                    ewc = held(parameters_to_vector(params))
-                    ewc.backward()
                 if cfg.lr_decay == "linear":
                     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / steps)
                 optimizer.step()
 
                 step += 1
-                recent.append(torch.cat([both, ewc.detach()[None] / WORLD]))
+                recent.append(torch.cat([both, ewc.detach()[None]]))
                 if step % LOG_EVERY and step % per_epoch and step > 1:  # reading a loss waits for the GPU
                     continue
                 values = all_sum(torch.stack(recent)).cpu()  # (steps since the last log, 3)
@@ -1059,35 +1075,31 @@ def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> Counter:
 
     The replay grows with the square of the number of tasks: every task paints all old classes anew.
     """
-    passes, tests = Counter(), [len(task.test_y) for task in tasks]
-    if method.joint:
-        passes["training"] = 3 * cfg.epochs * sum(len(task.y) for task in tasks)
-        passes["FID"] = cfg.sample_steps * sum(tests)
-        return passes
+    passes = Counter()
     for k, task in enumerate(tasks):
-        replay, distill = (k > 0 and on for on in (method.replay, method.distill))
+        replay, distill, fisher = (k > 0 and method.replay, k > 0 and method.distill, method.fisher)
         passes["training"] += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
-        if method.fisher and k + 1 < len(tasks):
+        if fisher and k + 1 < len(tasks):
             passes["Fisher"] += 6 * (cfg.fisher_samples or len(task.y))
-        old = sum(len(task.y.unique()) for task in tasks[:k])
+        old = k * len(task.y.unique())
         passes["replay"] += cfg.sample_steps * replay * cfg.replay_per_class * old
-        passes["FID"] += cfg.sample_steps * sum(tests[: k + 1])
+        if not method.joint or k + 1 == len(tasks):
+            passes["FID"] += cfg.sample_steps * sum(len(t.test_y) for t in tasks[: k + 1])
     return passes
 
 
 def passes_per_second(model: nn.Module, shape: tuple, batch: int, device: torch.device) -> float:
-    """Forward passes of an image in a second, from training steps of 1, 2, 4, .. up to `batch` images."""
-    n = 1
-    while True:
+    """Forward passes of an image in a second, from training steps of 1, 1, 2, 4, .. up to `batch` images."""
+    for i, n in enumerate([1, *(2**i for i in range(batch.bit_length()) if 2**i < batch), batch]):
         x, zeros = torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.long, device=device)
         started = time.perf_counter()
         model(x, zeros, zeros).sum().backward()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - started
-        if n == batch or seconds > 2:
-            return 3 * n / seconds
-        n = min(2 * n, batch)
+        if i and seconds > 2:  # the first of all takes longer: it loads what it needs
+            break
+    return 3 * n / seconds
 
 
 def announce(seconds: float) -> None:
@@ -1099,7 +1111,7 @@ def announce(seconds: float) -> None:
 
 
 def hours_by_part(cfg, method: str, tasks: int, rate: float) -> dict[str, float]:
-    """The hours of a run of `tasks` tasks, each as large as in cfg.dataset's row, at `rate` passes a second."""
+    """The hours of a run of `tasks` tasks, each as large as cfg.dataset's, at `rate` passes a second."""
     _, _, classes, *counts = (v * tasks // cfg.tasks for v in SIZES[cfg.dataset])
     y, test_y = (torch.arange(n) * classes // n for n in counts)
     passes = passes_of_a_run(cfg, METHODS[method], split_tasks(Data(y, y, test_y, test_y), tasks))
@@ -1111,11 +1123,10 @@ def needs(path: Path, device: torch.device) -> None:
     """What a run of each dataset and method would take on this device, without its data: JSON in `path`.
 
     hours: computed from the network's passes in a run and the measured passes a second; hours_of_tasks: of
-    rank1 by part, for this and other numbers of tasks, each as large. gb_weights: in memory for the model, its
-    gradient, Adam's two moments, the teacher and the penalty (the activations come on top); gb_checkpoint: the
-    same on disk, less the gradient.
+    rank1 by part, for this and other numbers of tasks, each as large. gb_weights: in memory for the model,
+    its gradient, Adam's two moments, the teacher and the penalty (the activations come on top);
+    gb_checkpoint: the same on disk, less the gradient.
     """
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found = {"device": name, "threads": torch.get_num_threads()}
     for dataset, (channels, size, classes, *_) in SIZES.items():
@@ -1123,7 +1134,6 @@ def needs(path: Path, device: torch.device) -> None:
         model = UNet(channels, classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
         with autocast(cfg, device):
             rate = passes_per_second(model, (channels, size, size), 2 * cfg.batch_size, device)
-
         gb = 4e-9 * sum(p.numel() for p in model.parameters())
         vectors = {"gd": 4, "diag": 6, "rank1": 3 + cfg.tasks}  # on disk: model, moments, teacher; Fisher
         found[dataset] = {
@@ -1204,7 +1214,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
-    if WORLD * cfg.accumulate > (batch := min(cfg.batch_size, *(len(lesson.x) for lesson in tasks))):
+    if WORLD * cfg.accumulate > (batch := min(cfg.batch_size, *(len(lesson.x) for lesson in lessons))):
         stop(f"a batch of {batch} is too small for {WORLD} processes and --accumulate {cfg.accumulate}")
     shape, steps, num_classes = data.x.shape[1:], cfg.sample_steps, int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
@@ -1233,23 +1243,25 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         seconds.update(saved["seconds"])
         peak_mb = saved["peak_mb"]
     else:
+        batch = 2 * cfg.batch_size // (WORLD * cfg.accumulate)
         with autocast(cfg, device):
-            rate = passes_per_second(model, shape, 2 * cfg.batch_size, device)
-        announce(passes_of_a_run(cfg, method, tasks).total() / rate / WORLD)
-    if compiled := speedup(cfg, "compile", device) and can_compile(device):
+            rate = WORLD * passes_per_second(model, shape, batch, device)
+        announce(passes_of_a_run(cfg, method, tasks).total() / rate)
+    same_for_all(first, saved["epoch"] if saved else 0)
+    if compiled := speedup(cfg, "compile", device) and can_compile(cfg, model, shape, device):
         model.compile()
 
-    real = {k: features(task.test_x) for k, task in enumerate(tasks) if k % WORLD == RANK}
+    def features_of(images: Tensor) -> np.ndarray:  # every process those of its images
+        mine = torch.from_numpy(features(images[RANK::WORLD]))
+        found = mine.new_zeros(len(images), mine.shape[1])
+        found[RANK::WORLD] = mine
+        return all_sum(found).numpy()
 
-    def fids(images: Sequence[Tensor]) -> list[float]:  # of each task's; every process measures its tasks
-        found = torch.zeros(len(images), dtype=torch.float64)
-        for k in range(RANK, len(images), WORLD):
-            found[k] = frechet_distance(real[k], features(images[k]))
-        return all_sum(found).tolist()
-
+    real = [features_of(task.test_x) for task in tasks]
     # What a perfect model would score: as many training images, at random, in the place of samples.
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
-    fid_real = fids([t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks])
+    others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
+    fid_real = [frechet_distance(a, features_of(images)) for a, images in zip(real, others)]
     # The pictures: ten samples of two classes of each task, from the same noise after every task.
     shown = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]
     shown = torch.tensor(shown, device=device).repeat_interleave(10)
@@ -1259,10 +1271,10 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
     def draws(k: int, x: Tensor, y: Tensor, most: float = math.inf) -> Iterator[tuple]:  # of the k-th Fisher
         n, generator = min(cfg.fisher_samples or len(x), most), rng(cfg.seed, "fisher", k, device)
-        mine = slice(RANK, None, WORLD) if most == math.inf else slice(None)
+        parts = WORLD * cfg.accumulate if most == math.inf else 1
         for draw in fisher_draws(x, y, n, cfg.batch_size, generator, (cfg.fisher_from or 0, NUM_STEPS)):
-            if len(draw[0][mine]):
-                yield [v[mine] for v in draw]
+            for i in range(RANK if parts > 1 else 0, min(parts, len(draw[0])), WORLD):
+                yield [v[i::parts] for v in draw]
 
     def checkpoint(epoch: int) -> None:  # where this run stands: after `epoch` epochs of task k
         if RANK or (epoch % cfg.checkpoint_epochs and epoch < cfg.epochs):
@@ -1288,10 +1300,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             x, y = (v.to(device) for v in lessons[k][:2])
             last = average.module if average else model
             teacher = copy.deepcopy(last).eval().requires_grad_(False) if k else None
-            if (
-                teacher and compiled
-            ):  # as the last teacher was: compiled code goes by the code, not the weights
-                teacher.compile()
+            if teacher and compiled:
+                teacher.compile()  # as the last teacher was: the same code, other weights
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
             average = cfg.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
             purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
@@ -1331,9 +1341,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
-                with torch.compiler.set_stance(
-                    "force_eager"
-                ):  # torch.func's derivatives go by the code itself
+                # torch.func takes derivatives of the code itself
+                with torch.compiler.set_stance("force_eager"):
                     fisher = method.fisher(model, partial(draws, k, x, y))
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(method, fisher))
@@ -1346,13 +1355,14 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
             with autocast(cfg, device):
                 samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
-            if not RANK:
                 rows = seen * len(shown) // cfg.tasks
                 chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
-                picture = torch.cat([to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks])
-                save_samples(picture, cfg.out / f"samples-task{seen}.png")
+                picture = [to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks if not RANK]
+            if not RANK:
+                save_samples(torch.cat(picture), cfg.out / f"samples-task{seen}.png")
             lap("sample")
-            row = fids(samples.split([len(v) for v in labels]))
+            painted = samples.split([len(v) for v in labels])
+            row = [frechet_distance(a, features_of(images)) for a, images in zip(real, painted)]
             fid.append(row + [None] * (cfg.tasks - seen))
             numbers = "  ".join(f"{v:.1f}" for v in row)
             tqdm.write(f"after task {seen}, FID (features: {cfg.fid_features}): {numbers}")
@@ -1366,10 +1376,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     result |= {"fid_features": cfg.fid_features, "fid_real": fid_real, "fisher": fishers}
     result |= {"config": settings_of(cfg)}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
-    result |= {
-        "processes": WORLD,
-        "seconds": {key: round(value, 1) for key, value in sorted(seconds.items())},
-    }
+    result |= {"processes": WORLD, "bf16": speedup(cfg, "bf16", device), "compiled": compiled}
+    result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
     result |= {"peak_mb": round(max(peak_mb, peak_memory_mb(device)))}
     if not RANK:
         with whole(cfg.out / "model.pt") as temporary:
@@ -2080,6 +2088,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         stop(f"--ema makes a teacher, which --method {cfg.method} does not have: leave it out")
     if cfg.form and not low_rank:
         stop("--form proximal is for the rank methods: leave it out")
+    if WORLD != int(os.environ.get("LOCAL_WORLD_SIZE", str(WORLD))):
+        stop("several machines are not supported: start torchrun on one, as --nproc_per_node N")
     if WORLD > 1 and (cfg.figure or cfg.needs or cfg.report or cfg.compare):
         stop("torchrun is for training: start --figure, --needs, --report and --compare without it")
     if cfg.curvature or METHODS[cfg.method].penalty is None:
@@ -2102,11 +2112,14 @@ def find_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
         if device.type == "cuda":
-            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+            device = torch.device("cuda", RANK if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        stop(f"--device {name} does not exist here: choose auto, cpu, cuda, cuda:N or mps")
+        of = f" for process {RANK} of {WORLD}" if WORLD > 1 else ""
+        stop(f"--device {name} does not exist here{of}: choose auto, cpu, cuda, cuda:N or mps")
+    if WORLD > 1 and name.startswith("cuda:"):
+        stop(f"--device {name} is one device for all {WORLD} processes: give --device cuda, one for each")
     if device.type == "mps":
         print("note: --device mps is accepted but untested")
     return device
@@ -2139,17 +2152,23 @@ def main(argv: list[str] | None = None) -> dict | None:
             return report(cfg.report)
         if cfg.compare:
             return compare(cfg.compare, cfg.over, cfg.to or Path("results") / f"compare-{cfg.over}")
-        if WORLD > 1:
-            sys.stdout = StringIO() if RANK else sys.stdout  # rank 0 speaks for all
-            dist.init_process_group(timeout=timedelta(days=1))  # rank 0 may have to shrink ImageNet first
         device = find_device(cfg.device)
         cfg.device = device.type
+        if WORLD > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            patience = timedelta(days=1)  # rank 0 may have to shrink ImageNet first
+            dist.init_process_group(backend, timeout=patience)
+            sys.stdout = StringIO() if RANK else sys.stdout  # rank 0 speaks for all
+            if device.type == "cpu":  # of which torchrun would give each process one
+                torch.set_num_threads(max(1, os.cpu_count() // WORLD))
         if cfg.needs:
             return needs(cfg.needs, device)
         torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
         cfg.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()
         finished, path = cfg.out / "result.json", cfg.out / "checkpoint.pt"
+        same_for_all(finished.exists())
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             if cfg.figure:  # whatever was trained there
@@ -2161,7 +2180,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         if not cfg.fresh:
             load_checkpoint(path, cfg)  # refuses one that does not fit, before any work
         if RANK:
-            dist.barrier()  # until rank 0 has loaded everything: what it downloaded or made is there then
+            all_sum(torch.zeros(1))  # waits until rank 0 has loaded everything: what it made is there then
         data, features = prepare(cfg, device)
         if not RANK:
             if cfg.fresh:
@@ -2169,8 +2188,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                 path.unlink(missing_ok=True)
             for unfinished in cfg.out.glob(f"{UNFINISHED}*"):  # what this run was writing when it was killed
                 unfinished.unlink()
-            if WORLD > 1:
-                dist.barrier()
+            all_sum(torch.zeros(1))
         cfg.fresh = False  # an interrupted run goes on without it
         result = run(cfg, data, features, device)
     except KeyboardInterrupt:
@@ -2187,7 +2205,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             stop(f"--out {cfg.out} cannot be written, is the disk full? After that the same command goes on")
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        stop(f"{device} has too little memory: lower --batch-size (now {cfg.batch_size}) or --channels")
+        stop(f"{device} has too little memory: raise --accumulate (now {cfg.accumulate}) or lower --channels")
     if WORLD > 1:
         dist.destroy_process_group()
     print(table(result))

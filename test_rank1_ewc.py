@@ -1302,8 +1302,15 @@ SHARED = ["--epochs=2", "--checkpoint-epochs=1"]  # no dropout: it is drawn anew
 
 
 def two_processes(*command):
+    """torchrun's exit status and what it printed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*torchrun, *command], cwd=SCRIPT.parent, check=False, timeout=200)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*torchrun, *map(str, command)], cwd=SCRIPT.parent, **pipes) as process:
+        try:
+            printed = process.communicate(timeout=200)[0]
+        finally:
+            process.terminate()  # of one that hangs: it ends its processes
+    return process.returncode, printed
 
 
 @pytest.fixture(scope="module")
@@ -1320,32 +1327,42 @@ def log_and_result(folder):
     return log, json.loads((folder / "result.json").read_text())
 
 
-def test_two_processes_learn_what_one_learns(tmp_path, by_one_process):
-    assert two_processes(str(SCRIPT), *QUICK, *SHARED, "--out", str(tmp_path)).returncode == 0
+def test_two_processes_that_take_their_batches_in_turns_learn_what_one_learns(tmp_path, by_one_process):
+    argv = [*QUICK, *SHARED, "--accumulate=2", "--fresh", "--out", tmp_path]
+    status, printed = two_processes(SCRIPT, *argv)
+    assert status == 0
+    assert printed.count("AFID") == 2  # the table's, by rank 0 alone
     (ours, two), (theirs, one) = log_and_result(tmp_path), log_and_result(by_one_process)
     assert (two["processes"], one["processes"]) == (2, 1)
     assert [(v["task"], v["step"]) for v in ours] == [(v["task"], v["step"]) for v in theirs]
-    first = [i for i, v in enumerate(theirs) if v["task"] == 1] + [
-        next(i for i, v in enumerate(theirs) if v["task"] == 2)
-    ]
-    for i in first:  # up to the first step with replayed images and a teacher
-        for part in ("denoise", "distill", "ewc"):
-            assert ours[i][part] == pytest.approx(theirs[i][part], abs=1e-5)
-    for key in ("c_star", "mu_norm"):
-        assert two["fisher"][0][key] == pytest.approx(one["fisher"][0][key], rel=1e-5)
+    until = next(i for i, v in enumerate(theirs) if v["task"] == 2)  # the first step with replay and teacher
+    for part in ("denoise", "distill", "ewc"):
+        expected = pytest.approx([v[part] for v in theirs[: until + 1]], abs=1e-5)
+        assert [v[part] for v in ours[: until + 1]] == expected
+    a, b = (
+        torch.load(f / "checkpoint.pt", weights_only=True)["penalty"]["a"][0]
+        for f in (tmp_path, by_one_process)
+    )
+    torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=0)  # sqrt(c*) mu of task 1
+    assert two["fisher"][0]["c_star"] == pytest.approx(one["fisher"][0]["c_star"], rel=1e-5)
     assert two["fid_real"] == pytest.approx(one["fid_real"])
     assert two["afid"] == pytest.approx(one["afid"], rel=1e-2)
     assert contents(tmp_path).keys() == contents(by_one_process).keys()
 
 
-def test_a_run_whose_second_process_died_ends_with_an_error_and_one_process_finishes_it(
-    tmp_path, by_one_process
+def test_a_run_of_two_processes_of_which_one_died_ends_with_an_error_and_one_process_finishes_it(
+    tmp_path, capsys
 ):
-    command = ["--no-python", sys.executable, "-c", DIES, "losses", "9", *QUICK, *SHARED]
-    assert two_processes(*command, "--out", str(tmp_path)).returncode != 0
+    argv = ["--form=proximal", "--ema=0.9", "--curvature=5", *SHARED]
+    run_main(tmp_path / "whole", *argv)
+    died = ["-c", DIES, "losses", "9", *QUICK, *argv, "--out", tmp_path]  # in task 2
+    status, _ = two_processes("--no-python", sys.executable, *died)
+    assert status != 0
     assert not (tmp_path / "result.json").exists()
-    run_main(tmp_path, *SHARED)
-    (ours, result), (theirs, expected) = log_and_result(tmp_path), log_and_result(by_one_process)
+    capsys.readouterr()
+    run_main(tmp_path, *argv)
+    assert "going on in task 2/5" in capsys.readouterr().out
+    (ours, result), (theirs, expected) = log_and_result(tmp_path), log_and_result(tmp_path / "whole")
     assert len(ours) == len(theirs)
     assert ours[-1]["denoise"] == pytest.approx(theirs[-1]["denoise"], rel=1e-2)
     assert result["afid"] == pytest.approx(expected["afid"], rel=1e-2)
@@ -1392,6 +1409,34 @@ def test_torchrun_is_refused_for_what_trains_nothing(tmp_path, capsys, monkeypat
     assert "torchrun" in refusal(capsys, flag, *([] if "=" in flag else [tmp_path]))
 
 
+def test_processes_on_several_machines_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(r, "WORLD", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "several machines" in refusal(capsys, *QUICK, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_processes_talk_through_gloo_on_cpus_and_nccl_on_gpus(tmp_path, monkeypatch, cuda):
+    def started(backend, **_):
+        raise KeyboardInterrupt(backend)
+
+    monkeypatch.setattr(r, "WORLD", 2)
+    monkeypatch.setattr(r, "find_device", lambda _: torch.device("cuda" if cuda else "cpu"))
+    monkeypatch.setattr(r.dist, "init_process_group", started)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(tmp_path)
+    assert str(stopped.value.__context__) == ("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def test_processes_that_do_not_see_the_same_files_are_stopped(capsys, monkeypatch):
+    monkeypatch.setattr(r, "WORLD", 2)
+    monkeypatch.setattr(r, "all_sum", lambda v: v + torch.tensor([1.0, 3.0]))  # what the other has found
+    r.same_for_all(1, 3)
+    with pytest.raises(SystemExit):
+        r.same_for_all(1, 4)
+    assert "same files" in capsys.readouterr().err
+
+
 def test_a_batch_too_small_for_its_parts_is_refused(tmp_path, capsys):
     assert "--accumulate 65" in refusal(capsys, *QUICK, "--accumulate=65", "--out", tmp_path)
 
@@ -1411,12 +1456,12 @@ def test_compiled_is_the_same_run_and_nothing_is_compiled_again_after_the_second
     argv = [*SHARED, "--replay-per-class=20"]  # fewer than 16 images at once are a case of their own
     run_main(tmp_path / "eager", *argv)
     torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the last stage
     monkeypatch.setattr(r, "train_task", train)
     run_main(tmp_path / "compiled", *argv, "--compile")
     (ours, result), (theirs, expected) = (log_and_result(tmp_path / f) for f in ("compiled", "eager"))
-    assert graphs[0] > 1
-    assert graphs[1] == graphs[-1]
+    assert 0 < graphs[0] < graphs[1] == graphs[-1]
     assert ours[-1]["denoise"] == pytest.approx(theirs[-1]["denoise"], rel=1e-3)
     assert result["afid"] == pytest.approx(expected["afid"], rel=1e-3)
 
@@ -1804,8 +1849,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_task_step_and_settings(cap
     assert all(words in error for words in ("task 1", "step 2", "--lr", "1e+12", "--lam"))
 
 
-# ---- make bench: the plain ways, as the authors' code has them, against ours. Not a test: ratios of one run on
-# one machine. On a CPU at the digits' size, on a GPU at the paper's.
+# ---- make bench: the plain ways, as the authors' code has them, against ours. Not a test: ratios of one run
+# on one machine. On a CPU at the digits' size, on a GPU at the paper's.
 
 
 def one_by_one(model, draws, use):
@@ -1890,17 +1935,17 @@ def peak_mb(device, work):
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return work() and None
-    ctypes.CDLL(None).malloc_trim(0)  # Linux: what was freed goes back, and the peak begins anew
-    reset.write_text("5")
-    kb = {}
-    for when in ("before", "after"):
-        kb[when] = dict(line.split(":") for line in status.read_text().splitlines())
-        if when == "before":
-            work()
-    return (int(kb["after"]["VmHWM"].split()[0]) - int(kb["before"]["VmRSS"].split()[0])) / 2**10
+    kb = []
+    try:  # Linux: what was freed goes back, and the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        for name in ("VmRSS", "VmHWM"):
+            kb.append(int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+            if name == "VmRSS":
+                work()
+    except (OSError, AttributeError):
+        return None
+    return (kb[1] - kb[0]) / 2**10
 
 
 def timed(device, work):
@@ -1912,12 +1957,14 @@ def timed(device, work):
 
 
 def difference(ours, plain):
-    """The largest difference, as a share of the largest value."""
+    """The largest difference, as a share of the largest value; of several results the largest of these."""
+    if isinstance(plain, tuple):
+        return max(map(difference, ours, plain))
     ours, plain = (torch.as_tensor(v).double().flatten().cpu() for v in (ours, plain))
     return float((ours - plain).abs().max() / plain.abs().max())
 
 
-def compare_ways(device, work, at_least, plain, ours, memory=None, repeat=5):
+def compare_ways(device, work, at_least, same_to, plain, ours, memory=None, repeat=5):
     """Both ways, turn about: the ratio of the medians. A first call of each, to warm up, is not counted."""
     results = [timed(device, way)[1] for way in (plain, ours)]
     memory = memory or [peak_mb(device, way) for way in (plain, ours)]
@@ -1931,24 +1978,25 @@ def compare_ways(device, work, at_least, plain, ours, memory=None, repeat=5):
         "at least": at_least,
     }
     found |= {"plain MB": memory[0], "ours MB": memory[1], "difference": difference(*results[::-1])}
-    return found | {"passed": at_least is None or found["ratio"] >= at_least}
+    fast, same = not at_least or found["ratio"] >= at_least, not same_to or found["difference"] <= same_to
+    return found | {"same to": same_to, "passed": fast and same}
 
 
 def bench_ways(cfg, device):
-    """(work, at least this ratio on a CPU, on a GPU, the plain way, ours); each way gives its result."""
+    """(work, at least this ratio on a CPU, on a GPU, the same to, the plain way, ours); ways give results."""
     cuda = device.type == "cuda"
     channels, size, classes, *_ = r.SIZES[cfg.dataset]
-    models = {}
+    shape, models = (channels, size, size), {}
     for seed, who in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         models[who] = r.UNet(channels, classes, cfg.channels, cfg.layers_per_block, 0.0).to(device)
         models[f"fast {who}"] = copy.deepcopy(models[who])
-        if r.speedup(cfg, "compile", device) and r.can_compile(device):
+        if r.speedup(cfg, "compile", device) and r.can_compile(cfg, models[who], shape, device):
             models[f"fast {who}"].compile()
     for who in ("teacher", "fast teacher"):
         models[who].eval().requires_grad_(False)
     steps, batch, old = 20, cfg.batch_size, classes - classes // cfg.tasks
-    shape, generator = (channels, size, size), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (steps * batch, *shape), dtype=torch.uint8, generator=generator).to(device)
     labels = torch.randint(classes, (len(images),), generator=generator).to(device)
 
@@ -1956,22 +2004,27 @@ def bench_ways(cfg, device):
         n = 2 * batch if cuda else 200
         return r.fisher_draws(images, labels, n, batch, r.rng(0, "fisher", 0, device))
 
-    def mu_and_c_star(fisher):
-        mu, c_star = fisher(models["student"], draws)
-        return torch.cat([mu.double().flatten() / mu.abs().max(), torch.as_tensor(c_star).to(mu).flatten()])
+    def fisher_of(fisher):
+        torch.backends.cudnn.allow_tf32 = False  # on both sides: what differs is then the way
+        return fisher(models["student"], draws)
 
     yield (
-        *("mu and c* of one task", 1.5, 30),
-        *(partial(mu_and_c_star, fisher) for fisher in (plain_rank1_fisher, r.rank1_fisher)),
+        *("mu and c* of one task", 1.5, 30, 1e-4),
+        *(partial(fisher_of, fisher) for fisher in (plain_rank1_fisher, r.rank1_fisher)),
     )
     yield (
-        *("diagonal of F", 1.5, 15),
-        *(partial(fisher, models["student"], draws) for fisher in (plain_diagonal_fisher, r.diagonal_fisher)),
+        *("diagonal of F", 1.5, 15, 1e-4),
+        *(partial(fisher_of, fisher) for fisher in (plain_diagonal_fisher, r.diagonal_fisher)),
     )
+
+    def as_run(fast):  # as a run sets PyTorch, or as it comes
+        torch.use_deterministic_algorithms(bool(fast) and cuda, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = not fast
 
     start, pool = copy.deepcopy(models["student"].state_dict()), (images.flip(0), labels.flip(0))
 
     def trained(train, fast):
+        as_run(fast)
         model = models[f"{fast}student"]
         model.load_state_dict(start)
         generators = {p: r.rng(0, p, 0, device) for p in ("order", "replay", "noise", "dropout")}
@@ -1989,7 +2042,7 @@ def bench_ways(cfg, device):
         return plain_training(cfg, model, teacher, images, labels, pool, generators, steps)
 
     yield (
-        *(f"{steps} training steps with replay and distillation", 1.3, 3),
+        *(f"{steps} training steps with replay and distillation", 1.3, 3, None),
         *(partial(trained, their_training, ""), partial(trained, our_training, "fast ")),
     )
 
@@ -2006,7 +2059,7 @@ def bench_ways(cfg, device):
         return torch.autograd.grad(of(weights), weights)[0]
 
     yield (
-        *("penalty and its gradient after 19 tasks", None, None),
+        *("penalty and its gradient after 19 tasks", None, None, None),
         *(partial(gradient, partial(plain_penalty, 1.0, stored)), partial(gradient, held)),
         [sum(v.nbytes for v in kept) / 2**20 for kept in ([v for s in stored for v in s[::2]], [penalty.a])],
     )
@@ -2014,6 +2067,7 @@ def bench_ways(cfg, device):
 
     def paint(name):
         generator = r.rng(0, "pool", 0, device)
+        as_run(name == "fast teacher")
         if name == "fast teacher":
             with r.autocast(cfg, device):
                 sampling = cfg.replay_per_class, cfg.sample_steps
@@ -2026,20 +2080,20 @@ def bench_ways(cfg, device):
                 painted.append(r.to_uint8(r.ddim_sample(models[name], noise, y, cfg.sample_steps)))
         return torch.cat(painted)
 
-    yield "sampling the replay pool", 1.3, 3, partial(paint, "teacher"), partial(paint, "fast teacher")
+    yield "sampling the replay pool", 1.3, 3, None, partial(paint, "teacher"), partial(paint, "fast teacher")
 
     a, b = (np.random.default_rng(seed).normal(size=(2000, 2048)) ** 2 + seed / 10 for seed in range(2))
     yield (
-        *("Frechet distance, 2048 features, 2000 images a side", 10, 10),
+        *("Frechet distance, 2048 features, 2000 images a side", 10, 10, 1e-3),
         *(partial(plain_frechet_distance, a, b), partial(r.frechet_distance, a, b)),
     )
 
     many = torch.randint(0, 256, (12000, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    loader, resident = torch.utils.data.DataLoader(PILImages(many), batch), many.to(device)
+    loader = torch.utils.data.DataLoader(PILImages(many), batch)
     yield (
-        *("reading a task's 12,000 images", 20, 20),
+        *("reading a task's 12,000 images once", 20, 20, 1e-4),
         lambda: torch.stack([x.to(device).mean() for x in loader]),
-        lambda: torch.stack([r.to_float(x).mean() for x in resident.split(batch)]),
+        lambda: torch.stack([r.to_float(x).mean() for x in many.to(device).split(batch)]),
     )
 
 
@@ -2065,14 +2119,17 @@ def step_against_matrix_products(cfg, device, seconds):
 
 def bench_results(device):
     """AFID of a short digits run of each seed, with and without what may change its rounding."""
+    torch.set_num_threads(1)  # faster, for this network, wherever anything else is running
     variants = {
         "plain": "--no-bf16 --no-compile",
         "bf16": "--bf16 --no-compile",
         "compile": "--no-bf16 --compile",
     }
     variants |= {"accumulate 2": "--no-bf16 --no-compile --accumulate 2"}
+    variants |= {"bf16, compile": "--bf16 --compile"} if device.type == "cuda" else {}
     found = {}
     for name, flags in variants.items():
+        torch._dynamo.reset()
         found[name] = []
         for seed in range(3):
             with tempfile.TemporaryDirectory() as folder:
@@ -2089,34 +2146,43 @@ def bench():
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     cfg = r.parse_args(["--dataset=mnist" if cuda else "--dataset=digits", "--dropout=0", "--epochs=1"])
+    cfg.lr_decay = "none"
     if cuda:  # less to paint than in the paper, with the same network and batches
         cfg.sample_steps, cfg.replay_per_class = 10, 100
     lines = {}
     for work, on_cpu, on_gpu, *ways in bench_ways(cfg, device):
-        print(f"{work} ..", flush=True)
+        print(f"{work}: ", end="", flush=True)
         lines[work] = compare_ways(device, work, on_gpu if cuda else on_cpu, *ways)
+        print(f"{lines[work]['ratio']:.1f} times as fast", flush=True)
     step = next(v["ours s"] for work, v in lines.items() if "steps" in work) / 20
     reached = step_against_matrix_products(cfg, device, step)
     penalty = lines["penalty and its gradient after 19 tasks"]
     penalty["share of a step"] = penalty["ours s"] / step
     penalty["passed"] = penalty["ours MB"] <= penalty["plain MB"] / 3
     penalty["passed"] &= penalty["share of a step"] <= 0.05 or not cuda
-    results = bench_results(device)
 
     def cell(v):
         return "-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
 
-    head = ["work", "plain s", "ours s", "ratio", "at least", "passed", "plain MB", "ours MB", "difference"]
+    head = ["work", "plain s", "ours s", "ratio", "at least", "plain MB", "ours MB", "difference", "same to"]
     print(f"\n{name}, torch {torch.__version__}, {cfg.dataset}'s network at batch {cfg.batch_size}\n")
-    print(r.markdown([head, *([cell(line[key]) for key in head] for line in lines.values())]))
-    print("\nAFID of a short digits run, seeds 0 to 2:")
-    for variant, afid in results.items():
-        mean, error = r.mean_and_error(afid)
-        print(f"  {variant:14} {mean:.1f} ± {error:.1f}")
-    print(f"a training step reaches {reached['share']:.0%} of the matrix-product peak measured here")
+    print(r.markdown([[*head, "passed"], *([cell(v[k]) for k in (*head, "passed")] for v in lines.values())]))
+    path = SCRIPT.parent / "results" / f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
     found = {"device": name, "torch": torch.__version__, "dataset": cfg.dataset, "batch": cfg.batch_size}
-    found |= {"lines": [*lines.values()], "AFID of short runs": results, "step": {"seconds": step} | reached}
-    r.write_json(SCRIPT.parent / "results" / f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json", found)
+    found |= {"lines": [*lines.values()], "step": {"seconds": step} | reached}
+    r.write_json(path, found)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = bench_results(device)
+    low, high = min(results["plain"]), max(results["plain"])
+    within = {variant: bool(low <= np.mean(afid) <= high) for variant, afid in results.items()}
+    r.write_json(path, found | {"AFID of short runs": results, "mean within the plain runs' spread": within})
+    print(
+        "\nAFID of a short digits run, seeds 0 to 2, and whether the mean is within the first row's spread:"
+    )
+    for variant, afid in results.items():
+        print(f"  {variant:14} {', '.join(f'{v:.1f}' for v in afid)}   {within[variant]}")
+    print(f"a training step reaches {reached['share']:.0%} of the matrix-product peak measured here")
 
 
 if __name__ == "__main__":
