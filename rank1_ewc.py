@@ -1262,11 +1262,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     generator = rng(cfg.seed, "real", 0, torch.device("cpu"))
     others = (t.x[torch.randperm(len(t.x), generator=generator)[: len(t.test_x)]] for t in tasks)
     fid_real = [frechet_distance(a, features_of(images)) for a, images in zip(real, others)]
-    # The pictures: ten samples of two classes of each task, from the same noise after every task.
+    # The pictures: ten samples of two classes of each task.
     shown = [t * per_task + c for t in range(cfg.tasks) for c in range(min(per_task, 2))]
     shown = torch.tensor(shown, device=device).repeat_interleave(10)
-    generator = rng(cfg.seed, "picture", 0, device)
-    picture_noise = torch.randn(len(shown), *shape, generator=generator, device=device)
     lap("fid")
 
     def draws(k: int, x: Tensor, y: Tensor, most: float = math.inf) -> Iterator[tuple]:  # of the k-th Fisher
@@ -1330,9 +1328,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
                 optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
             if k and method.replay and epoch < cfg.epochs:
                 generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
-                old = k * per_task
+                sampling = cfg.replay_per_class, steps, generator, name
                 with autocast(cfg, device):
-                    pool = replay_pool(teacher, shape, old, cfg.replay_per_class, steps, generator, name)
+                    pool = replay_pool(teacher, shape, k * per_task, *sampling)
                 lap("sample")
 
             taught = teacher if method.distill else None
@@ -1341,8 +1339,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
             # After it: which direction in weight space matters to it, then the FID of all tasks so far.
             if penalty and k + 1 < len(lessons):
-                # torch.func takes derivatives of the code itself
-                with torch.compiler.set_stance("force_eager"):
+                with torch.compiler.set_stance("force_eager"):  # torch.func needs the code itself
                     fisher = method.fisher(model, partial(draws, k, x, y))
                 penalty.add(fisher, flat(model.parameters()))
                 fishers.append(describe_fisher(method, fisher))
@@ -1352,14 +1349,13 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             x = y = None  # of all images, only the current task's are on the device
             seen = cfg.tasks if method.joint else k + 1
             labels = [task.test_y for task in tasks[:seen]]
-            generator, name = rng(cfg.seed, "fid", k, device), f"task {k + 1}/{cfg.tasks} FID samples"
+            y, name = torch.cat(labels).to(device), f"task {k + 1}/{cfg.tasks} FID samples"
             with autocast(cfg, device):
-                samples = sample_images(model, shape, torch.cat(labels).to(device), steps, generator, name)
-                rows = seen * len(shown) // cfg.tasks
-                chunks = zip(picture_noise[:rows].split(SAMPLE_BATCH), shown[:rows].split(SAMPLE_BATCH))
-                picture = [to_uint8(ddim_sample(model, *chunk, steps)) for chunk in chunks if not RANK]
+                samples = sample_images(model, shape, y, steps, rng(cfg.seed, "fid", k, device), name)
+                generator = rng(cfg.seed, "picture", 0, device)  # the same noise after every task
+                picture = sample_images(model, shape, shown, steps, generator, "pictures")
             if not RANK:
-                save_samples(torch.cat(picture), cfg.out / f"samples-task{seen}.png")
+                save_samples(picture[: seen * len(shown) // cfg.tasks], cfg.out / f"samples-task{seen}.png")
             lap("sample")
             painted = samples.split([len(v) for v in labels])
             row = [frechet_distance(a, features_of(images)) for a, images in zip(real, painted)]
