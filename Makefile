@@ -105,6 +105,10 @@ pool: $(call known,gd) $(call study,rank1+lam=100 $(foreach p,10 50,gd+replay-pe
 pool:  ## how many images the teacher paints of each class
 	$(RUN) --compare $^ --over replay_per_class --to results/pool
 
+bf16: $(call known,rank1) $(call study,rank1+bf16)
+bf16:  ## does training and sampling in bfloat16 change the result?
+	$(RUN) --compare $^ --over bf16 --to results/bf16
+
 OTHER = gd$(1) rank1$(1)+lam=1000 rank1$(1)+curvature=300
 FASHION = $(foreach flags,$(call OTHER,+dataset=fashion+small),$(STUDIES)/$(flags)+seed=$(firstword $(SEEDS)))
 SIZES = $(call known,gd) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l)) $(call OTHER,+channels=8$(comma)16))
@@ -125,4 +129,4 @@ needs: .venv/installed  ## hours and disk of every run on this machine, computed
 	$(RUN) --needs results/needs.json
 
 .PHONY: help demo test bench lint digits mnist fashion cifar10 imagenet table1 fig4 fig5 report fashion-small fig1 fig2 fig3 vae
-.PHONY: fig3-training lambda rank-k decoupled regime mu mu-samples mu-timesteps teacher pool curvature converged needs $(EVERY_RUN)
+.PHONY: fig3-training lambda rank-k decoupled regime mu mu-samples mu-timesteps teacher pool bf16 curvature converged needs $(EVERY_RUN)

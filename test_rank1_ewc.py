@@ -920,7 +920,7 @@ def test_needs_are_computed_from_the_networks_passes_and_its_weights(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "target", ["lambda", "rank-k", "decoupled", "regime", "mu", "teacher", "pool", "curvature"]
+    "target", ["lambda", "rank-k", "decoupled", "regime", "mu", "teacher", "pool", "bf16", "curvature"]
 )
 def test_make_n_shows_a_studys_runs_named_by_their_flags_and_their_comparison(target):
     command = ["make", "-n", "-o", ".venv/installed", target, "SEEDS=3", "RUNS=there"]
