@@ -932,8 +932,7 @@ def test_make_n_shows_a_studys_runs_named_by_their_flags_and_their_comparison(ta
     assert {cfg.seed for cfg in runs} == {3}
     assert all(str(cfg.to).startswith("results/") for cfg in comparisons)
     for cfg in runs:
-        flags = [flag.split("=") for flag in cfg.out.name.split("+")[1:] if flag != "small"]
-        for name, value in flags:
+        for name, value in (f"{flag}=True".split("=")[:2] for flag in cfg.out.name.split("+")[1:]):
             found = getattr(cfg, name.replace("-", "_"))
             assert found == ([*map(int, value.split(","))] if name == "channels" else type(found)(value))
 
