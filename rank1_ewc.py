@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import resource
@@ -29,20 +28,17 @@ import shlex
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
-from http.client import HTTPException
 from importlib.metadata import version
 from io import StringIO
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, NoReturn
-from zipfile import BadZipFile
 
 # cuBLAS reads this when CUDA starts: without it the same seed may give two results on one GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,7 +57,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -75,7 +70,7 @@ PAPER = {
     "batch_size": 128,  # real images a step, and as many replayed ones
     "lr": 2e-4,  # Adam, a fresh one each task
     "lr_decay": "none",  # none: constant | linear: falls to 0 within each task
-    "lam": 15000.0,  # EWC's lambda; it belongs to this network: a smaller one needs its own
+    "lam": 15000.0,  # EWC's lambda, for this network: a smaller network needs its own
     "channels": [128, 256, 256, 256],  # of the UNet, a level each
     "layers_per_block": 2,
     "dropout": 0.1,  # as written; the authors' code has it off from its first sampling on (--dropout 0)
@@ -90,13 +85,13 @@ SMALL = {
     "batch_size": 64,
     "lr": 4e-3,
     "lr_decay": "linear",
-    "lam": 10.0,  # of those of `make lambda` above 0 the best, where 0 is as good
+    "lam": 10.0,  # `make lambda`: up to 100 as good as no penalty, 1000 does harm
     "channels": [16, 32],
     "layers_per_block": 1,
     "dropout": 0.0,
     "replay_per_class": 200,
     "sample_steps": 20,
-    "fisher_samples": 4000,  # about 20 a training image: of 200, the mean gradient is mostly sampling noise
+    "fisher_samples": 4000,  # about 20 a training image: mu from 200 would be mostly sampling noise
     "fid": "classifier",
     "checkpoint_epochs": 10,  # an epoch takes 0.2 s and a checkpoint 0.02 s
 }
@@ -108,13 +103,12 @@ SMALL_32 = SMALL | {  # of --small, for images of 32x32
     "sample_steps": 10,
     "checkpoint_epochs": 1,
 }
-LARGE = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}  # 50 classes a task
 DATASETS = {
     "digits": PAPER | SMALL,
     "mnist": PAPER,
     "fashion": PAPER,
     "cifar10": PAPER,
-    "imagenet32": PAPER | LARGE,
+    "imagenet32": PAPER | {"tasks": 20, "epochs": 100, "replay_per_class": 1300},  # 50 classes a task
 }
 SIZES = {  # channels, pixels a side, classes, training and test images
     "digits": (1, 8, 10, 997, 800),
@@ -126,19 +120,17 @@ SIZES = {  # channels, pixels a side, classes, training and test images
 UNFINISHED = ".rank1_ewc-"  # how a file's name begins while it is written
 NUM_STEPS = 1000  # diffusion timesteps
 HEAD_CHANNELS = 8  # of the UNet's attention
-SAMPLE_BATCH = 100  # images denoised together where no gradient is kept
+SAMPLE_BATCH = 100  # images painted together, and a figure's samples drawn together
 LOG_EVERY = 10  # training steps
 GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-# Settings that change no number of a run (--accumulate: but for rounding and the draws of --dropout):
-PLACES = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "accumulate")
-PLACES += ("figure", "compare", "over", "to", "report", "needs")
+# What changes no number of a run; --small only by the settings it stands for, --accumulate only by rounding and
+# by the draws of --dropout.
+NO_SETTINGS = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "accumulate")
+NO_SETTINGS += ("figure", "compare", "over", "to", "report", "needs")
 OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
-DAMAGED = (  # what reading a file may raise that is cut short, or something else than its name says
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
-    *(AttributeError, SyntaxError, pickle.UnpicklingError, BadZipFile, zlib.error),
-)
+DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
 # torchrun starts WORLD processes of this script on a machine, and tells each its number:
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
@@ -250,7 +242,7 @@ def load_idx(dataset: type[torchvision.datasets.MNIST], data_dir: Path) -> Data:
             raise ValueError("not 28x28 images")
         if train.targets.unique().tolist() != list(range(10)) or test.targets.max() > 9:
             raise ValueError("labels outside 0..9")
-    except (OSError, HTTPException, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
+    except DAMAGED as error:
         if missing := [name for name in IDX_FILES if not (raw / name).is_file()]:
             stop(
                 f"{dataset.__name__} is not complete and cannot be downloaded: put {', '.join(missing)}"
@@ -265,7 +257,7 @@ def load_cifar10(data_dir: Path) -> Data:
     """CIFAR-10, 3x32x32. Its files are pickles; torchvision reads only those with the right MD5."""
     try:
         train, test = (torchvision.datasets.CIFAR10(data_dir, train=t, download=True) for t in (True, False))
-    except (OSError, HTTPException, RuntimeError) as error:
+    except DAMAGED as error:
         stop(
             f"CIFAR10 is not complete and cannot be downloaded ({error}): put cifar-10-python.tar.gz"
             f" into {data_dir}, or name another folder with --data-dir"
@@ -294,38 +286,30 @@ def shrink_tree(folder: Path) -> None:
     """
     wnids, others = (sorted(p.name for p in (folder / s).iterdir() if p.is_dir()) for s in ("train", "val"))
     if wnids != others:
-        stop(
-            f"{folder / 'train'} and {folder / 'val'} must have the same folders, one a class: n01440764, .."
-        )
+        stop(f"{folder}: train and val must have the same folders in them, one a class: n01440764, ..")
     (folder / "shrunk").mkdir(exist_ok=True)
     parts = {}
     for split, names in (("train", IMAGENET_FILES[:-1]), ("val", IMAGENET_FILES[-1:])):
-        images = [
-            (p, label)
-            for label, w in enumerate(wnids, 1)
-            for p in sorted((folder / split / w).glob("*.JPEG"))
-        ]
+        of_class = [sorted((folder / split / wnid).glob("*.JPEG")) for wnid in wnids]
+        images = [(path, label) for label, paths in enumerate(of_class, 1) for path in paths]
         parts |= {name: images[i :: len(names)] for i, name in enumerate(names)}
-    total = sum(len(part) for part in parts.values())
-    with tqdm(total=total, desc="shrinking ImageNet", unit="img", **BAR) as bar, ThreadPool() as threads:
-        for name, part in parts.items():
-            path = folder / "shrunk" / name
-            if path.exists():
-                bar.update(len(part))
-                continue
-            data = np.empty((len(part), 3072), np.uint8)
-            for i, row in enumerate(threads.imap(shrink, [path for path, _ in part], chunksize=16)):
-                data[i] = row
-                bar.update()
-            with whole(path) as temporary:
-                np.savez(temporary, data=data, labels=np.array([label for _, label in part]))
+    if not all(parts.values()):
+        stop(f"{folder}: train or val lacks its images, <wnid>/*.JPEG")
+    missing = [name for name in parts if not (folder / "shrunk" / name).exists()]
+    with ThreadPool() as threads:
+        for name in missing:
+            paths, labels = zip(*parts[name])
+            rows = threads.imap(shrink, paths, chunksize=16)
+            data = np.stack([*tqdm(rows, f"shrinking to {name}", len(paths), unit="img", **BAR)])
+            with whole(folder / "shrunk" / name) as temporary:
+                np.savez(temporary, data=data, labels=np.array(labels))
 
 
 def load_imagenet32(data_dir: Path) -> Data:
     """ImageNet at 3x32x32 from IMAGENET_FILES (arXiv 1707.08819) or, made into these once, a folder tree.
 
-    Each file: `data` (N, 3072) uint8 in channel, row, column order, `labels` (N,) from 1 on. In host memory
-    lie the training images, put into the order of their classes as they are read, and one file: about 5 GB.
+    Each file: `data` (N, 3072) uint8 in channel, row, column order, `labels` (N,) from 1 on. One file after
+    the other is read and its images put where their class belongs: about 5 GB of host memory.
     """
     folder = data_dir / "imagenet32"
     shrunk = folder / "shrunk"  # apart from the official files, whose labels follow another order
@@ -401,11 +385,6 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
 def double_size(x: Tensor) -> Tensor:
     """Each pixel becomes 2x2. (B, C, H, W) -> (B, C, 2H, 2W)."""
     return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
-
-
-def halve_size(x: Tensor) -> Tensor:
-    """2x2 average pool. (B, C, H, W) -> (B, C, H/2, W/2)."""
-    return F.avg_pool2d(x, 2)
 
 
 class Resnet(nn.Module):
@@ -498,12 +477,11 @@ class UNet(nn.Module):
             return Attention(c, norm_groups) if level == 2 else nn.Identity()
 
         def resample(level, c, up):  # where there is attention, a residual block does it
-            return resnet(c, c, double_size if up else halve_size) if level == 2 else Resample(c, up)
+            return resnet(c, c, double_size if up else nn.AvgPool2d(2)) if level == 2 else Resample(c, up)
 
         self.num_frequencies = channels[0] // 2
-        self.time_embedding = nn.ModuleDict(
-            {"linear_1": nn.Linear(channels[0], temb), "linear_2": nn.Linear(temb, temb)}
-        )
+        linear_1, linear_2 = nn.Linear(channels[0], temb), nn.Linear(temb, temb)
+        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         self.class_embedding = nn.Embedding(num_classes, temb)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -630,9 +608,10 @@ def dot64(a: Tensor, b: Tensor) -> float:
 
 def fisher_draws(
     images: Tensor, labels: Tensor, n: int, batch: int, generator, timesteps=(0, NUM_STEPS)
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[tuple]:
     """n samples (x0, t, eps, y) in batches: every image in turn, with random noise at random `timesteps`."""
-    spread = torch.arange(n, device=images.device) * max(n, len(images)) // n  # over all, if n is fewer
+    # 0, 1, 2, .. and again from 0; or, of more images than n, n at equal distances.
+    spread = torch.arange(n, device=images.device) * max(n, len(images)) // n
     for index in (spread % len(images)).split(batch):
         x0 = to_float(images[index])
         yield x0, *draw_noise(x0, generator, timesteps), labels[index]
@@ -644,10 +623,10 @@ def losses_at(model: nn.Module, draw: Iterable[Tensor], theta: dict[str, Tensor]
 
 
 def gradients(model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (B, D). `loss`: as losses_at.
+    """g_i of every sample, in chunks (B, D). `loss`: a function like losses_at.
 
-    While a chunk is made it takes at most 1 GB, or on a GPU a quarter of what is free. Its gradients share no
-    work beyond their batched kernels: slower than as many backward passes of whole batches.
+    Making a chunk takes at most 1 GB, or on a GPU a quarter of what is free. Much slower than the backward
+    passes of whole batches, which give only the sum of the g_i.
     """
     theta = {name: p.detach() for name, p in model.named_parameters()}
     device = next(iter(theta.values())).device
@@ -691,7 +670,7 @@ def rank1_fisher(model: nn.Module, draws: Callable[..., Iterable[tuple]]) -> tup
         for draw in draws():
             _, projections = jvp(partial(losses_at, model, draw), (theta,), (u,))  # (B,) u^T g_i
             second_moment += float(projections.square().sum()) / n
-    return mu[None], (all_sum(second_moment) / norm**2).to(mu)
+    return mu[None], (all_sum(second_moment) / norm**2).to(mu)  # E[(mu^T g)^2] / ||mu||^4, as mu = norm u
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -713,9 +692,7 @@ def rank_k_fisher(k: int, model: nn.Module, draws: Callable[..., Iterable[tuple]
     model.eval()
     G = torch.cat([*gradients(model, draws(gradients_that_fit(model)))])
     if len(G) < k:
-        stop(
-            f"rank {k} needs at least {k} gradients, not {len(G)}: raise --fisher-samples, or lower the rank"
-        )
+        stop(f"rank {k} needs at least {k} gradients, not {len(G)}: raise --fisher-samples")
     values, vectors = eigenpairs(G, k)
     return vectors, values[:k].to(vectors)
 
@@ -752,7 +729,7 @@ class LowRankPenalty:
         self.b += [dot64(row, theta_star) for row in a]
 
     def residual(self, origin: Tensor) -> Tensor:
-        """a^T origin - b in float64; what follows is measured from there: a^T theta - b would cancel."""
+        """a^T origin - b, in float64; to it a^T (theta - origin) is added: a^T theta - b would cancel."""
         residual = [dot64(a, origin) - b for a, b in zip(self.a, self.b)]
         return torch.tensor(residual, dtype=torch.float32, device=origin.device)
 
@@ -762,10 +739,10 @@ class LowRankPenalty:
         return lambda theta: self.lam / 2 * (self.a @ (theta - origin) + residual).square().sum()
 
     def start_proximal(self, origin: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """(theta, eta) -> the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta), exactly.
+        """(theta, eta) -> the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta), exactly (Woodbury).
 
-        Adam divides the gradient of the penalty and the task's by one and the same estimate; a stiff penalty
-        shrinks the task's steps. Here it cannot: decoupled, as weight decay in AdamW (arXiv 1711.05101).
+        In the loss, a stiff penalty's gradient enters Adam's second moment and so shrinks the task's steps.
+        Here it does not: it is decoupled from Adam, as the weight decay of AdamW (arXiv 1711.05101).
         """
         residual, gram = self.residual(origin), (self.a @ self.a.T).cpu().double()
 
@@ -813,10 +790,10 @@ METHODS = {
     "finetune": Method(),
     "replay": Method(replay=True),
     "gd": Method(replay=True, distill=True),
-    "diag-only": Method(False, False, diagonal_fisher, DiagonalPenalty),
-    "rank1-only": Method(False, False, rank1_fisher, LowRankPenalty),
-    "diag": Method(True, True, diagonal_fisher, DiagonalPenalty),
-    "rank1": Method(True, True, rank1_fisher, LowRankPenalty),
+    "diag-only": Method(fisher=diagonal_fisher, penalty=DiagonalPenalty),
+    "rank1-only": Method(fisher=rank1_fisher, penalty=LowRankPenalty),
+    "diag": Method(replay=True, distill=True, fisher=diagonal_fisher, penalty=DiagonalPenalty),
+    "rank1": Method(replay=True, distill=True, fisher=rank1_fisher, penalty=LowRankPenalty),
 }
 TABLE_1 = (*METHODS,)
 # Beyond the paper: F's top eigenvector in mu's place, and its top K.
@@ -840,24 +817,25 @@ def replay_pool(
 
 
 def losses(
-    student: nn.Module, teacher: nn.Module | None, draw: tuple[Tensor, ...], num_real: int, part=slice(None)
+    student: nn.Module, teacher: nn.Module | None, draw: tuple, num_real: int, part=slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Denoising loss over [real, replay], and L_GD: the student's distance from the teacher on the replay.
 
-    draw: x0 (B, C, H, W) in [-1, 1], the first num_real real, t (B,), eps like x0, y (B,). Of the whole
-    batch's two means what its rows `part` add. ONE student pass serves both losses: the authors pass the
-    replay images again, at an independent (t, eps): the same expectation, half as much again to compute.
+    draw: the batch, x0 (B, C, H, W) in [-1, 1] with the num_real real images first, t (B,), eps like x0,
+    y (B,). Of the batch only the rows `part` (a slice) are computed, and the losses scaled so that those of
+    all parts add up to the batch's means. ONE student pass serves both losses: the authors pass the replay
+    images again, at an independent (t, eps): the same expectation, half as much again to compute.
     """
     x0, t, eps, y = (v[part].contiguous() for v in draw)  # other strides would be compiled anew
-    x_t, old = add_noise(x0, t, eps), len(range(num_real)[part])  # the first of the part's replay images
+    x_t, real = add_noise(x0, t, eps), len(range(num_real)[part])  # so many of these rows are real
     eps_student = student(x_t, t, y)
     denoise = F.mse_loss(eps_student, eps) * (len(y) / len(draw[0]))
     if teacher is None:
         return denoise, torch.zeros_like(denoise)
     with torch.no_grad():
-        eps_teacher = teacher(x_t[old:], t[old:], y[old:])
-    distill = F.mse_loss(eps_student[old:], eps_teacher)
-    return denoise, distill * ((len(y) - old) / (len(draw[0]) - num_real))
+        eps_teacher = teacher(x_t[real:], t[real:], y[real:])
+    distill = F.mse_loss(eps_student[real:], eps_teacher)
+    return denoise, distill * ((len(y) - real) / (len(draw[0]) - num_real))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -874,7 +852,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     eigenvalues: no matrix square root, which is ten times slower and warns or fails where N < d (singular S).
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))  # QR: d rows do
+    # QR's R in A's place: d rows instead of N, and the same A^T A.
+    A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))
     M = A @ B.T
     cross = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross)
@@ -884,7 +863,7 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images (N, 1 or 3, H, W) uint8 -> clean-fid's Inception features (N, 2048). Stops without weights."""
     try:
         model = cleanfid.features.build_feature_extractor("clean", device, use_dataparallel=False)
-    except (OSError, HTTPException, RuntimeError) as error:
+    except DAMAGED as error:
         stop(
             f"clean-fid's Inception weights cannot be loaded or downloaded ({error}): put a whole"
             " inception-2015-12-05.pt into /tmp, or use --fid classifier, which needs no download"
@@ -895,9 +874,8 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
         found = []
         for part in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().split(50):
             resized = np.stack([resize(image) for image in part.numpy()])  # (50, 299, 299, 3) in 0..255
-            found.append(
-                cleanfid.fid.get_batch_features(torch.from_numpy(resized).permute(0, 3, 1, 2), model, device)
-            )
+            batch = torch.from_numpy(resized).permute(0, 3, 1, 2)
+            found.append(cleanfid.fid.get_batch_features(batch, model, device))
         return np.concatenate(found)
 
     return features
@@ -971,9 +949,8 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 
 def speedup(cfg, name: str, device: torch.device) -> bool:
     """Whether --bf16 or --compile is on: said so, or not said and on a GPU that is made for it."""
-    if getattr(cfg, name) is not None:
-        return getattr(cfg, name)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return made_for_it if getattr(cfg, name) is None else getattr(cfg, name)
 
 
 def autocast(cfg, device: torch.device) -> torch.autocast:
@@ -1002,8 +979,8 @@ def train_task(
     """Train on one task, of which `done` epochs are done: L_total = denoising + distillation + penalty.
 
     x (N, C, H, W) uint8 and y (N,) are the task's real images; pool is the replay's (x, y) or None; teacher
-    and the penalty `held` may be None. Writes mean losses to `log`, stops when one is not finite, and calls
-    after_epoch(their number) after each epoch.
+    and `held`, the penalty as a function of theta, may be None. Writes mean losses to `log`, stops when one
+    is not finite, and calls after_epoch(epochs done) after each epoch.
     """
     params, device, parts = list(model.parameters()), x.device, WORLD * cfg.accumulate
     batch = min(cfg.batch_size, len(x))  # every step has full batches: an epoch leaves out a random remainder
@@ -1028,12 +1005,12 @@ def train_task(
                 both = torch.zeros(2, device=device)  # denoising loss, distillation
                 for i in range(RANK, parts, WORLD):  # each process takes its rows, in --accumulate turns
                     with autocast(cfg, device):
-                        part = losses(model, teacher, draw, batch, slice(i, None, parts))
-                    sum(part).backward()
-                    both += torch.stack(part).detach()
+                        denoise, distill = losses(model, teacher, draw, batch, slice(i, None, parts))
+                    (denoise + distill).backward()
+                    both += torch.stack([denoise, distill]).detach()
                 ewc = torch.zeros((), device=device)
-                if held:
-                    ewc = held(parameters_to_vector(params)) / WORLD
+                if held:  # each process adds its share, so that their sum has the penalty once
+                    ewc = held(torch.cat([p.flatten() for p in params])) / WORLD
                     ewc.backward()
                 if WORLD > 1:
                     for p, g in zip(params, unflat(all_sum(flat(p.grad for p in params)), params)):
@@ -1050,10 +1027,8 @@ def train_task(
                 if not values.isfinite().all():
                     bad = step - len(values) + 1 + int((~values.isfinite().all(1)).nonzero()[0])
                     bar.close()
-                    stop(
-                        f"the loss is no longer finite in task {task + 1} at step {bad} of {steps}:"
-                        f" lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
-                    )
+                    lower = f"lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})"
+                    stop(f"the loss of task {task + 1} is no longer finite at step {bad} of {steps}: {lower}")
                 means = dict(zip(("denoise", "distill", "ewc"), values.mean(0).tolist()))
                 log.write(json.dumps({"task": task + 1, "epoch": epoch, "step": step} | means) + "\n")
                 bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if v}, refresh=False)
@@ -1097,7 +1072,7 @@ def passes_per_second(model: nn.Module, shape: tuple, batch: int, device: torch.
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - started
-        if i and seconds > 2:  # the first of all takes longer: it loads what it needs
+        if i and seconds > 2:  # long enough to be measured; but the first step also loads what it needs
             break
     return 3 * n / seconds
 
@@ -1112,7 +1087,7 @@ def announce(seconds: float) -> None:
 
 def hours_by_part(cfg, method: str, tasks: int, rate: float) -> dict[str, float]:
     """The hours of a run of `tasks` tasks, each as large as cfg.dataset's, at `rate` passes a second."""
-    _, _, classes, *counts = (v * tasks // cfg.tasks for v in SIZES[cfg.dataset])
+    classes, *counts = (v * tasks // cfg.tasks for v in SIZES[cfg.dataset][2:])
     y, test_y = (torch.arange(n) * classes // n for n in counts)
     passes = passes_of_a_run(cfg, METHODS[method], split_tasks(Data(y, y, test_y, test_y), tasks))
     hours = {part: n / rate / 3600 for part, n in {**passes, "all": passes.total()}.items()}
@@ -1171,27 +1146,23 @@ def read_result(path: Path) -> dict:
     """A run's result.json. Stops if it is not one."""
     try:
         result = json.loads(path.read_text())
-        result["config"]["fid_features"], table(result)
+        result["config"]["fid_features"], table(result)  # fails if anything of this is missing
     except DAMAGED as error:
-        stop(
-            f"{path} is not a whole result ({type(error).__name__}): remove it or give --fresh, to start over"
-        )
+        stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
     return result
 
 
 def settings_of(cfg: argparse.Namespace) -> dict:
-    """What the numbers of a run depend on: all settings but those that say where things are."""
-    return {key: value for key, value in vars(cfg).items() if key not in PLACES}
+    """What the numbers of a run depend on: all of the command line but NO_SETTINGS."""
+    return {key: value for key, value in vars(cfg).items() if key not in NO_SETTINGS}
 
 
 def refuse_other(saved: dict, cfg: argparse.Namespace, path: Path) -> None:
     """Stop if `path` is of a run with other settings, and name the first that differs."""
     for key, value in settings_of(cfg).items():
         if saved.get(key) != value:
-            stop(
-                f"{path} was made with --{key.replace('_', '-')} {saved.get(key)}, not {value}: --fresh gives"
-                " up what is in this folder and starts over, --out names another"
-            )
+            flag = f"--{key.replace('_', '-')} {saved.get(key)}"
+            stop(f"{path} was made with {flag}, not {value}: --fresh starts over, --out names another folder")
 
 
 def load_checkpoint(path: Path, cfg: argparse.Namespace) -> dict | None:
@@ -1214,11 +1185,15 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     lessons = [data] if method.joint else tasks  # what is trained on, one after the other
-    if WORLD * cfg.accumulate > (batch := min(cfg.batch_size, *(len(lesson.x) for lesson in lessons))):
-        stop(f"a batch of {batch} is too small for {WORLD} processes and --accumulate {cfg.accumulate}")
+    if WORLD * cfg.accumulate > (smallest := min(cfg.batch_size, *(len(lesson.x) for lesson in lessons))):
+        stop(f"a batch of {smallest} is too small for {WORLD} processes and --accumulate {cfg.accumulate}")
     shape, steps, num_classes = data.x.shape[1:], cfg.sample_steps, int(data.y.max()) + 1
     per_task = num_classes // cfg.tasks
-    fid, fishers, seconds, clock = [], [], Counter(), time.perf_counter()
+    saved = load_checkpoint(cfg.out / "checkpoint.pt", cfg) or {}  # of this run, if it was stopped
+    first, epoch = saved.get("task", 0), saved.get("epoch", 0)  # where it goes on: after so many epochs
+    same_for_all(first, epoch)
+    fid, fishers, peak_mb = saved.get("fid", []), saved.get("fisher", []), saved.get("peak_mb", 0.0)
+    seconds, clock = Counter(saved.get("seconds")), time.perf_counter()
 
     def lap(name: str) -> None:  # the time since the last lap was spent on `name`
         nonlocal clock
@@ -1231,23 +1206,16 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
     torch.manual_seed(cfg.seed)  # the global generator: initial weights, and with a seed of its own dropout
     model = UNet(shape[0], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     penalty = method.penalty(cfg.lam) if method.penalty else None
-    average, peak_mb = None, 0.0  # of the weights, with --ema; of this run before it was stopped
-    saved = load_checkpoint(cfg.out / "checkpoint.pt", cfg)
-    first = saved["task"] if saved else 0
+    average = None  # of the weights, with --ema
     if saved:
-        tqdm.write(f"going on in task {first + 1}/{cfg.tasks} after epoch {saved['epoch']}, from {cfg.out}")
-        model.load_state_dict(saved["model"])
+        tqdm.write(f"going on in task {first + 1}/{cfg.tasks} after epoch {epoch}, from {cfg.out}")
         for name, value in saved["penalty"].items():
             setattr(penalty, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
-        fid, fishers = saved["fid"], saved["fisher"]
-        seconds.update(saved["seconds"])
-        peak_mb = saved["peak_mb"]
     else:
         batch = 2 * cfg.batch_size // (WORLD * cfg.accumulate)
         with autocast(cfg, device):
             rate = WORLD * passes_per_second(model, shape, batch, device)
         announce(passes_of_a_run(cfg, method, tasks).total() / rate)
-    same_for_all(first, saved["epoch"] if saved else 0)
     if compiled := speedup(cfg, "compile", device) and can_compile(cfg, model, shape, device):
         model.compile()
 
@@ -1269,6 +1237,7 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
     def draws(k: int, x: Tensor, y: Tensor, most: float = math.inf) -> Iterator[tuple]:  # of the k-th Fisher
         n, generator = min(cfg.fisher_samples or len(x), most), rng(cfg.seed, "fisher", k, device)
+        # With `most` every process gets whole batches; without, its rows of each, in --accumulate turns.
         parts = WORLD * cfg.accumulate if most == math.inf else 1
         for draw in fisher_draws(x, y, n, cfg.batch_size, generator, (cfg.fisher_from or 0, NUM_STEPS)):
             for i in range(RANK if parts > 1 else 0, min(parts, len(draw[0])), WORLD):
@@ -1282,9 +1251,8 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         state |= {"fid": fid, "fisher": fishers, "seconds": dict(seconds)}
         state |= {"peak_mb": max(peak_mb, peak_memory_mb(device))}
         state |= {"generators": {purpose: g.get_state() for purpose, g in generators.items()}}
-        state |= {"penalty": vars(penalty) if penalty else {}, "optimizer": optimizer.state_dict()}
-        state |= {"model": model.state_dict(), "teacher": teacher.state_dict() if teacher else {}}
-        state |= {"average": average.state_dict() if average else {}}
+        state |= {"penalty": vars(penalty) if penalty else {}}
+        state |= {name: module.state_dict() if module else {} for name, module in modules.items()}
         with whole(cfg.out / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
         lap("checkpoint")
@@ -1296,41 +1264,39 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
         for k in range(first, len(lessons)):
             # Before the task: the model so far becomes the teacher, and paints the old classes.
             x, y = (v.to(device) for v in lessons[k][:2])
-            last = average.module if average else model
-            teacher = copy.deepcopy(last).eval().requires_grad_(False) if k else None
+            learned = average.module if average else model
+            teacher = copy.deepcopy(learned).eval().requires_grad_(False) if k else None
             if teacher and compiled:
                 teacher.compile()  # as the last teacher was: the same code, other weights
             optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr)
             average = cfg.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-            purposes, epoch, pool = ("order", "replay", "noise", "dropout"), 0, None
+            modules = {"model": model, "teacher": teacher, "average": average, "optimizer": optimizer}
+            purposes = ("order", "replay", "noise", "dropout")
             generators = {purpose: rng(cfg.seed, purpose, k, device) for purpose in purposes}
             if saved:
-                epoch = saved["epoch"]
-                optimizer.load_state_dict(saved["optimizer"])
-                for purpose, g in generators.items():
-                    g.set_state(saved["generators"][purpose])
-                for module, name in ((teacher, "teacher"), (average, "average")):
+                for name, module in modules.items():
                     if module:
                         module.load_state_dict(saved[name])
+                for purpose, g in generators.items():
+                    g.set_state(saved["generators"][purpose])
                 saved = None
             else:
-                checkpoint(0)
-            held = None
+                epoch = 0
+                checkpoint(epoch)
+            held = pool = None
             if k and penalty:
-                origin = flat(teacher.parameters())
+                origin = flat(teacher.parameters())  # of the checkpoint: the same after a stop in mid-task
                 if cfg.form == "proximal":
-                    optimizer.register_step_post_hook(
-                        partial(proximal, penalty.start_proximal(origin), model)
-                    )
+                    hook = partial(proximal, penalty.start_proximal(origin), model)
+                    optimizer.register_step_post_hook(hook)
                 else:
                     held = penalty.start(origin)
             if average:  # the last hook: it averages what the step ends with
                 optimizer.register_step_post_hook(lambda *_, a=average: a.update_parameters(model))
             if k and method.replay and epoch < cfg.epochs:
-                generator, name = rng(cfg.seed, "pool", k, device), f"task {k + 1}/{cfg.tasks} replay"
-                sampling = cfg.replay_per_class, steps, generator, name
+                sampling = cfg.replay_per_class, steps, rng(cfg.seed, "pool", k, device)
                 with autocast(cfg, device):
-                    pool = replay_pool(teacher, shape, k * per_task, *sampling)
+                    pool = replay_pool(teacher, shape, k * per_task, *sampling, f"task {k + 1} replay")
                 lap("sample")
 
             taught = teacher if method.distill else None
@@ -1349,9 +1315,9 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
             x = y = None  # of all images, only the current task's are on the device
             seen = cfg.tasks if method.joint else k + 1
             labels = [task.test_y for task in tasks[:seen]]
-            y, name = torch.cat(labels).to(device), f"task {k + 1}/{cfg.tasks} FID samples"
+            y, generator = torch.cat(labels).to(device), rng(cfg.seed, "fid", k, device)
             with autocast(cfg, device):
-                samples = sample_images(model, shape, y, steps, rng(cfg.seed, "fid", k, device), name)
+                samples = sample_images(model, shape, y, steps, generator, f"task {k + 1} FID samples")
                 generator = rng(cfg.seed, "picture", 0, device)  # the same noise after every task
                 picture = sample_images(model, shape, shown, steps, generator, "pictures")
             if not RANK:
@@ -1366,15 +1332,13 @@ def run(cfg: argparse.Namespace, data: Data, features: Callable[[Tensor], np.nda
 
     afid, forgetting = afid_and_forgetting(fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
-    result = {key: getattr(cfg, key) for key in ("dataset", "method", "seed")}
-    result |= {"lam": penalty.lam if penalty else 0.0}
-    result |= {"fid": fid, "afid": afid, "forgetting": forgetting}
+    result = {"dataset": cfg.dataset, "method": cfg.method, "seed": cfg.seed}
+    result |= {"lam": penalty.lam if penalty else 0.0, "fid": fid, "afid": afid, "forgetting": forgetting}
     result |= {"fid_features": cfg.fid_features, "fid_real": fid_real, "fisher": fishers}
-    result |= {"config": settings_of(cfg)}
+    result |= {"config": settings_of(cfg), "processes": WORLD, "compiled": compiled}
+    result |= {"bf16": speedup(cfg, "bf16", device), "peak_mb": round(max(peak_mb, peak_memory_mb(device)))}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages}}
-    result |= {"processes": WORLD, "bf16": speedup(cfg, "bf16", device), "compiled": compiled}
     result |= {"seconds": {key: round(value, 1) for key, value in sorted(seconds.items())}}
-    result |= {"peak_mb": round(max(peak_mb, peak_memory_mb(device)))}
     if not RANK:
         with whole(cfg.out / "model.pt") as temporary:
             torch.save(model.state_dict(), temporary)
@@ -1462,10 +1426,17 @@ PUBLISHED = {  # AFID / forgetting in the paper's Table 1, on Inception features
 
 
 def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the first axis, the seeds; a single seed has no error: NaN."""
+    """Mean and standard error over the first axis, the seeds; NaN where one is None; of one seed no error."""
     v = np.asarray(values, dtype=float)
     error = v.std(0, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else np.full_like(v[0], np.nan)
     return v.mean(0), error
+
+
+def plus_minus(mean: float, error: float) -> str:
+    """A mean and its standard error as text; "-" for what is NaN."""
+    digits = 2 if abs(mean) < 3 else 1
+    text = "-" if math.isnan(mean) else f"{mean:.{digits}f}"
+    return text + (f" ± {error:.{digits}f}" if error > 0 else "")
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -1479,7 +1450,7 @@ def gather(folder: Path) -> dict[str, dict[str, list[dict]]]:
     """dataset -> method -> results, one a seed, of every result.json below `folder`; each with its "folder".
 
     Stops where two do not belong into one table: they differ in a setting other than method, seed and device
-    (and, between methods, lambda), or in neither method nor seed.
+    (and, between methods, OF_PENALTY), or in neither method nor seed.
     """
     runs = {}
     for path in sorted(folder.rglob("result.json")):
@@ -1510,13 +1481,10 @@ def report(folder: Path) -> None:
             results = methods.get(method, [])
             if not results and method not in TABLE_1:
                 continue
-            columns = {
-                "AFID": [result["afid"][-1] for result in results],
-                "forgetting": [v for v in (result["forgetting"] for result in results) if v is not None],
-            }
             row = {"dataset": dataset, "method": method, "seeds": len(results)}
-            for name, values in columns.items():
-                row[name], row[f"{name} s.e."] = mean_and_error(values) if values else (math.nan, math.nan)
+            numbers = [(result["afid"][-1], result["forgetting"]) for result in results] or [(None, None)]
+            for name, *found in zip(("AFID", "forgetting"), *mean_and_error(numbers)):
+                row[name], row[f"{name} s.e."] = found
             found = [v for result in results for v in curvatures(result)]
             row["curvature"] = f"{np.mean(found):.2g}" if found else "-"
             row["paper: AFID / forgetting"] = published.get(method, "not known" if published else "-")
@@ -1528,8 +1496,8 @@ def report(folder: Path) -> None:
             if values := {str(c.get(key, paper.get(key))) for c in of} - {str(paper.get(key))}:
                 usual = paper.get(key) or ("all" if key == "fisher_samples" else "none")
                 other.append(f"{key} {', '.join(sorted(values))} (paper {usual})")
-        other = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
-        notes.append(f"{dataset}: FID on features of {config['fid_features']}; {other}.")
+        setting = f"not the paper's setting: {', '.join(other)}" if other else "the paper's setting"
+        notes.append(f"{dataset}: FID on features of {config['fid_features']}; {setting}.")
 
     if absent := [dataset for dataset in PUBLISHED if dataset not in runs]:
         notes.append(f"missing, no finished run: {', '.join(absent)}.")
@@ -1537,10 +1505,7 @@ def report(folder: Path) -> None:
     def cell(row: dict, name: str) -> str:  # a standard error stands behind its mean
         if not isinstance(row[name], float):
             return str(row[name])
-        if math.isnan(row[name]):
-            return "-" if row["seeds"] else "missing"
-        error = row[f"{name} s.e."]
-        return f"{row[name]:.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
+        return plus_minus(row[name], row[f"{name} s.e."]) if row["seeds"] else "missing"
 
     columns = [name for name in rows[0] if not name.endswith("s.e.")]
     lines = markdown([columns, *([cell(row, name) for name in columns] for row in rows)])
@@ -1613,21 +1578,25 @@ def plot_samples(dataset: str, methods: dict, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # What the paper leaves open: runs that differ in a setting, side by side.
 
-MEASURES = {
-    "AFID": lambda run: run["afid"][-1],
-    "forgetting": lambda run: run["forgetting"],
-    "FID of a task just learned": lambda run: (
-        None if run["forgetting"] is None else float(np.mean(np.diag(run["fid"])))
-    ),
-}
+MEASURES = ("AFID", "forgetting", "FID of a task just learned", "AFID / gd's")  # a panel each
+ALSO = ("curvature, task 1", "train s", "sample s", "fisher s", "peak MB")  # in the table only
+
+
+def measure(run: dict, gd: dict | None) -> list[float | None]:
+    """MEASURES and ALSO of a run, None where it has none; gd: the GD run of its seed and settings, if any."""
+    learned = None if run["forgetting"] is None else float(np.mean(np.diag(run["fid"])))
+    ratio = run["afid"][-1] / gd["afid"][-1] if gd else None
+    seconds = [run["seconds"].get(part, 0.0) for part in ("train", "sample", "fisher")]
+    curvature = next(iter(curvatures(run)), None)
+    return [run["afid"][-1], run["forgetting"], learned, ratio, curvature, *seconds, run.get("peak_mb")]
 
 
 def compare(folders: list[Path], over: str, to: Path) -> None:
     """The runs' MEASURES over a setting, mean and standard error over the seeds: printed, to.png and to.json.
 
-    A line for each method and for each other setting in which runs of one method differ; it is dashed if the
-    method does not have the setting. Lambda and curvature, either of which sets the other for each seed, are
-    means over the seeds; the curvature is that of the first task.
+    A line for each method, and for each value of another setting in which runs of one method differ; dashed
+    if the method does not have the setting `over`. Given lambda, the curvature differs from seed to seed, and
+    the other way round: a point stands at the mean over its seeds, of the first task's curvature.
     """
     settings = sorted(settings_of(parse_args([])).keys() - {"seed", "device"})
     if over not in settings:
@@ -1658,13 +1627,7 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         name = ", ".join(([] if over == "method" else [run["method"]]) + other) or "all"
         at = tuple(value(run, n) for n in strength) if over in strength else value(run, over)
         lines.setdefault(name, {}).setdefault(at, []).append(run)
-        base = gd.get(apart_from_penalty(run))
-        run |= {measure: of(run) for measure, of in MEASURES.items()}
-        run |= {"AFID / gd's": run["AFID"] / base["afid"][-1] if base else None}
-        run |= {"curvature, task 1": next(iter(curvatures(run)), None)}
-        run |= {f"{part} s": run["seconds"].get(part, 0.0) for part in ("train", "sample", "fisher")}
-        run |= {"peak MB": run.get("peak_mb")}
-    measures = [*MEASURES, "AFID / gd's", "curvature, task 1", "train s", "sample s", "fisher s", "peak MB"]
+        run |= zip(MEASURES + ALSO, measure(run, gd.get(apart_from_penalty(run))))
     for name, points in lines.items():
         for found in points.values():
             if len({run["seed"] for run in found}) < len(found):
@@ -1677,21 +1640,16 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
         mean, error = (None if math.isnan(v) else float(v) for v in mean_and_error(values))
         return {"mean": mean, "error": error, "each": values}
 
-    rows = []
+    rows, text = [], [["line", over, "seeds", *MEASURES, *ALSO]]
     for name, points in lines.items():
         for at, found in points.items():
+            values = {key: [run[key] for run in found] for key in MEASURES + ALSO}
             rows.append({"line": name, over: at, "seeds": [run["seed"] for run in found]})
-            rows[-1] |= {measure: summary([run[measure] for run in found]) for measure in measures}
-
-    def cell(mean: float | None, error: float | None, each: list) -> str:
-        digits = 2 if abs(mean or 0) < 3 else 1
-        return "-" if mean is None else f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-    text = [["line", over, "seeds", *measures]]
-    for row in rows:
-        at = row[over] if isinstance(row[over], str | None) else f"{row[over]:g}"
-        cells = [cell(**row[measure]) for measure in measures]
-        text.append([row["line"], str(at), str(len(row["seeds"])), *cells])
+            rows[-1] |= {key: summary(v) for key, v in values.items()}
+            cells = [plus_minus(*mean_and_error(v)) for v in values.values()]
+            text.append(
+                [name, str(at) if isinstance(at, str | bool | None) else f"{at:g}", str(len(found)), *cells]
+            )
     print(markdown(text))
     write_json(Path(f"{to}.json"), {"over": over, "rows": rows})
     plot_lines(lines, over, Path(f"{to}.png"))
@@ -1705,14 +1663,13 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
     place = {v: v if numeric else i for i, v in enumerate(values)}
     positive = [v for v in values if numeric and v > 0]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axes, measure in zip(figure.subplots(2, 2).flat, (*MEASURES, "AFID / gd's")):
+    for axes, key in zip(figure.subplots(2, 2).flat, MEASURES):
         for i, (name, points) in enumerate(lines.items()):
             at = sorted(points, key=place.get)
-            found = [mean_and_error([run[measure] for run in points[v]]) for v in at]
-            mean, error = (np.array(part, dtype=float) for part in zip(*found))
+            found = [mean_and_error([run[key] for run in points[v]]) for v in at]
+            mean, error = np.array(found).T
             error = np.nan_to_num(error)
-            run = points[at[0]][0]
-            if over in OF_PENALTY and METHODS[run["method"]].penalty is None:
+            if over in OF_PENALTY and METHODS[points[at[0]][0]["method"]].penalty is None:
                 axes.axhline(mean[0], color=f"C{i}", ls="--", label=name)
                 axes.axhspan(mean[0] - error[0], mean[0] + error[0], color=f"C{i}", alpha=0.1, lw=0)
             else:
@@ -1724,13 +1681,12 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
         elif not numeric:
             axes.set_xticks([*place.values()], [str(v) for v in place])
             axes.margins(x=0.3 / len(values) + 0.05)
-        axes.set(xlabel=over, ylabel=measure)
+        axes.set(xlabel=over, ylabel=key)
         low, high = axes.get_ylim()
         if low > 0 and high > 10 * low:
             axes.set_yscale("log")
-            axes.yaxis.set(
-                major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=""
-            )
+            ticks = LogLocator(subs=(1, 2, 5))
+            axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
         axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize="small")
@@ -1747,12 +1703,12 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
 # same images with the same noise for each t.
 
 TIMES = (*range(0, NUM_STEPS, 50), NUM_STEPS - 1)
-EDGES = (0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS)  # of the fields that show them
-VAE_STEPS = (0, 30, 100, 300, 1000, 3000)
-PUBLISHED_RATIO = 0.022  # lambda_2 / lambda_1 at t = 700
+EDGES = (0, *((a + b) / 2 for a, b in pairwise(TIMES)), NUM_STEPS)  # of a heat map's columns
+VAE_STEPS = (0, 30, 100, 300, 1000, 3000)  # training steps after which its Fisher is looked at
 PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}
 
 
+@torch.no_grad()
 def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figure]:
     """MSE(x_t, sqrt(1 - abar_t) eps_hat), and where Proposition 1 has it.
 
@@ -1760,28 +1716,24 @@ def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     noise that expectation is the class's mean image, at low noise x_0 itself: the MSE lies between
     abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2], means over pixels, and vanishes with abar_t.
     """
-    abar = alphas_cumprod(torch.device("cpu"))
+    abar = alphas_cumprod(torch.device("cpu"))[[*TIMES]]
     mean_image = any_image = 0.0  # E[E[x_0 | y]^2] and E[x_0^2]
     for c in data.y.unique():
         images = to_float(data.x[data.y == c])
         mean_image += float(images.mean(0).square().mean()) * len(images) / len(data.y)
         any_image += float(images.square().mean()) * len(images) / len(data.y)
-    found = {"t": [*TIMES], "mse": [], "high noise": [], "low noise": []}
-    for t in TIMES:
+    limits = {"high noise": (abar * mean_image).tolist(), "low noise": (abar * any_image).tolist()}
+    found = {"t": [*TIMES], "mse": []} | limits
+    for t, a in zip(TIMES, abar):
         errors = []
         for x0, ts, eps, y in draws(t, t + 1):
             x_t = add_noise(x0, ts, eps)
-            with torch.no_grad():
-                rescaled = (1 - abar[t]).sqrt() * model(x_t, ts, y)
-            errors.append((x_t - rescaled).square().flatten(1).mean(1))
+            errors.append((x_t - (1 - a).sqrt() * model(x_t, ts, y)).square().flatten(1).mean(1))
         found["mse"].append(float(torch.cat(errors).mean()))
-        found["high noise"].append(float(abar[t]) * mean_image)
-        found["low noise"].append(float(abar[t]) * any_image)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(
-        TIMES, found["mse"], "o-", ms=4, label=r"measured: MSE($x_t$, $\sqrt{1-\bar\alpha_t}\,\hat\epsilon$)"
-    )
+    measured = r"measured: MSE($x_t$, $\sqrt{1-\bar\alpha_t}\,\hat\epsilon$)"
+    axes.plot(TIMES, found["mse"], "o-", ms=4, label=measured)
     axes.plot(TIMES, found["high noise"], "--", label=r"Prop. 1, high noise: $\bar\alpha_t\,E[E[x_0|y]^2]$")
     axes.plot(TIMES, found["low noise"], ":", label=r"low noise: $\bar\alpha_t\,E[x_0^2]$")
     axes.set(xlabel="timestep t", ylabel="MSE", yscale="log")
@@ -1790,9 +1742,7 @@ def figure_1(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
     return found, figure
 
 
-def geometry(
-    model: nn.Module, draws: Iterable[tuple], loss: Callable = losses_at
-) -> tuple[dict, Tensor, Tensor]:
+def geometry(model, draws: Iterable[tuple], loss: Callable = losses_at) -> tuple[dict, Tensor, Tensor]:
     """What N single gradients g_i (N, D) say about F = E[g g^T]; mu (D,); and all |cos(g_i, mu)| (N,).
 
     No D x D matrix is made. error: ||F - approximation|| / ||F||, Frobenius. eigenvalues: the first five.
@@ -1802,13 +1752,13 @@ def geometry(
     values, (top,) = eigenpairs(G, 1)
     mu = G.mean(0)
     norm, along, lengths = float(mu.norm()), G @ mu, G.norm(dim=1)  # (N,) g_i^T mu and ||g_i||
-    second_moment = float(along.square().mean())  # mu^T F mu
+    mu_F_mu = float(along.square().mean())
     diagonal = G.norm(dim=0).square() / len(G)
-    F_squared, c_star = float(values.square().sum()), second_moment / norm**4
+    F_squared, c_star = float(values.square().sum()), mu_F_mu / norm**4
     squared = {  # ||F - c mu mu^T||^2 = ||F||^2 - 2 c mu^T F mu + c^2 ||mu||^4
         "diagonal": F_squared - float(diagonal.square().sum()),
-        "mu mu^T": F_squared - 2 * second_moment + norm**4,
-        "c* mu mu^T": F_squared - second_moment**2 / norm**4,
+        "mu mu^T": F_squared - 2 * mu_F_mu + norm**4,
+        "c* mu mu^T": F_squared - mu_F_mu**2 / norm**4,
         "best of rank 1": float(values[1:].square().sum()),
     }
     found = {
@@ -1867,7 +1817,7 @@ def figure_3(model: nn.Module, draws: Callable, data: Data) -> tuple[dict, Figur
         b.plot(TIMES, values[:, j], "o-", ms=3, label=rf"$\lambda_{j + 1}$")
     b.set(title="(b) largest eigenvalues of $F_t$", xlabel="timestep", yscale="log")
     c.plot(TIMES, found["ratio"], "o-", ms=4, label="measured")
-    c.plot(700, PUBLISHED_RATIO, "k*", ms=10, label=f"paper: {PUBLISHED_RATIO} at t = 700")
+    c.plot(700, 0.022, "k*", ms=10, label="paper: 0.022 at t = 700")
     c.set(title=r"(c) $\lambda_2 / \lambda_1$", xlabel="timestep", ylim=(0, 1))
     for name in found["at"][0]["error"]:
         d.plot(TIMES, [at["error"][name] for at in found["at"]], "o-", ms=4, label=name)
@@ -2005,33 +1955,22 @@ def number(kind: type, low: float, high: float = 1e12, above: bool = False) -> C
 
 def channel_list(text: str) -> list[int]:
     """An argparse type: "128,256" -> [128, 256]."""
-    try:
-        channels = [int(c) for c in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 32,64") from None
-    if min(channels) < 1:
-        raise argparse.ArgumentTypeError(f"channels must be at least 1, not {text}")
-    return channels
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", text):
+        raise argparse.ArgumentTypeError(f"must be numbers from 1 on, as 32,64, not {text}")
+    return [int(c) for c in text.split(",")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings: the dataset's row, and over it what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="A setting not given is the dataset's: for all but digits the paper's.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.epilog = "A setting not given is the dataset's: for all but digits the paper's."
     parser.error = stop
     add, positive = parser.add_argument, number(int, 1)
     add("--dataset", choices=DATASETS, default="digits")
     add("--method", choices=METHODS, help="a row of Table 1, or rank2 .. (default: rank1; for figures joint)")
     add("--small", action="store_true", help="a small network and one epoch a task: under an hour on a CPU")
     add("--lam", type=number(float, 0), help="lambda, the penalty's weight")
-    add(
-        "--curvature",
-        type=number(float, 0, above=True),
-        help="choose lambda so that the first task's penalty adds this curvature, lambda c* ||mu||^2",
-    )
+    add("--curvature", type=number(float, 0, above=True), help="choose lambda: lambda c* ||mu||^2 of task 1")
     add("--form", choices=("proximal",), help="the penalty as a proximal step after each of Adam's")
     add("--seed", type=number(int, 0), default=0)
     add("--epochs", type=positive, help="epochs a task")
@@ -2049,16 +1988,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-steps", type=number(int, 1, NUM_STEPS), help="DDIM steps")
     add("--fisher-samples", type=positive, help="samples of a Fisher (default: the task's images, once each)")
     add("--fisher-from", type=number(int, 0, NUM_STEPS - 1), help="smallest timestep of these samples")
-    add(
-        "--ema",
-        type=number(float, 0, 0.99999),
-        help="the teacher: weights averaged with this decay, not the last",
-    )
-    add(
-        "--limit",
-        type=positive,
-        help="a quick look: at most so many images a class to train, replay and test",
-    )
+    add("--ema", type=number(float, 0, 0.99999), help="the teacher: weights averaged with this decay")
+    add("--limit", type=positive, help="a quick look: at most so many images a class, old or new")
     add("--fid", choices=("inception", "classifier"), help="features that the FID is taken on")
     add("--data-dir", type=Path, default=Path("data"), help="where the datasets are, or are downloaded to")
     add("--out", type=Path, help="folder for the results (default: runs/<dataset>/<method>-seed<seed>)")
@@ -2126,8 +2057,7 @@ def prepare(cfg: argparse.Namespace, device: torch.device) -> tuple[Data, Callab
     data = LOADERS[cfg.dataset](cfg.data_dir)
     size, halvings = data.x.shape[-1], len(cfg.channels) - 1
     if size % 2**halvings or size == 2**halvings:  # a group norm needs more than one pixel
-        levels = f"{halvings + 1} levels are too many for {size}x{size} images, halved by each new one"
-        stop(f"--channels: {levels}")
+        stop(f"--channels: {halvings + 1} levels, each of half the size, do not fit {size}x{size} images")
     if cfg.fid == "inception":
         features, cfg.fid_features = inception_features(device), "inception"
     else:
@@ -2155,14 +2085,16 @@ def main(argv: list[str] | None = None) -> dict | None:
             patience = timedelta(days=1)  # rank 0 may have to shrink ImageNet first
             dist.init_process_group(backend, timeout=patience)
             sys.stdout = StringIO() if RANK else sys.stdout  # rank 0 speaks for all
-            if device.type == "cpu":  # of which torchrun would give each process one
+            if device.type == "cpu":  # torchrun gives each process one thread
                 torch.set_num_threads(max(1, os.cpu_count() // WORLD))
         if cfg.needs:
             return needs(cfg.needs, device)
         torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
         cfg.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out).close()
+        tempfile.TemporaryFile(
+            dir=cfg.out
+        ).close()  # cannot be written to? said now, not after the first epoch
         finished, path = cfg.out / "result.json", cfg.out / "checkpoint.pt"
         same_for_all(finished.exists())
         if finished.exists() and not cfg.fresh:
@@ -2197,7 +2129,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     except OSError as error:
         stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror})")
     except RuntimeError as error:
-        if "failed writing" in str(error):
+        if "failed writing" in str(error):  # torch.save's words for a full disk
             stop(f"--out {cfg.out} cannot be written, is the disk full? After that the same command goes on")
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
