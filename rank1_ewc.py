@@ -1634,7 +1634,10 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
                 stop(f"{name}: two of these runs have the same seed and differ in nothing: name only one")
         if over in strength:
             key = "lam" if over == "lam" else "curvature, task 1"
-            lines[name] = {float(np.mean([run[key] or 0.0 for run in v])): v for v in points.values()}
+            means = [float(np.mean([run[key] or 0.0 for run in found])) for found in points.values()]
+            if len({*means}) < len(means):
+                stop(f"{name}: several of these runs have no {over} to be put over: leave them out")
+            lines[name] = dict(zip(means, points.values()))
 
     def summary(values: list) -> dict:
         mean, error = (None if math.isnan(v) else float(v) for v in mean_and_error(values))

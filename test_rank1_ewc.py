@@ -1070,6 +1070,14 @@ def test_a_comparison_has_the_means_over_the_seeds_and_the_ratio_to_gd(tmp_path,
     assert torchvision.io.decode_image(str(tmp_path / "new/lambda.png")).float().std() > 1
 
 
+def test_a_comparison_over_the_curvature_refuses_several_runs_that_have_none(tmp_path, capsys):
+    for lam in (10.0, 100.0):
+        hand_made_run(tmp_path / str(lam), "diag", 0, 20.0, 2.0, lam=lam)
+    error = refusal(capsys, "--compare", *tmp_path.iterdir(), "--over", "curvature", "--to", tmp_path / "new")
+    assert "diag" in error
+    assert "curvature" in error
+
+
 def test_a_comparison_draws_a_line_for_each_other_setting_that_differs(tmp_path):
     for pool in (10, 50):
         for ema in (None, 0.9):
