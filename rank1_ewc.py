@@ -1685,7 +1685,7 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
             axes.set_xticks([*place.values()], [str(v) for v in place])
             axes.margins(x=0.3 / len(values) + 0.05)
         axes.set(xlabel=over, ylabel=key)
-        low, high = axes.get_ylim()
+        low, high = axes.dataLim.intervaly
         if low > 0 and high > 10 * low:
             axes.set_yscale("log")
             ticks = LogLocator(subs=(1, 2, 5))
