@@ -1686,7 +1686,7 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
             axes.margins(x=0.3 / len(values) + 0.05)
         axes.set(xlabel=over, ylabel=key)
         low, high = axes.dataLim.intervaly
-        if low > 0 and high > 10 * low:
+        if low > 0 and high > 5 * low:
             axes.set_yscale("log")
             ticks = LogLocator(subs=(1, 2, 5))
             axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
