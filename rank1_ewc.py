@@ -125,8 +125,8 @@ LOG_EVERY = 10  # training steps
 GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
 CELL = 34  # pixels of an image in a picture, its margin of 2 included
-# What changes no number of a run; --small only by the settings it stands for, --accumulate only by rounding and
-# by the draws of --dropout.
+# What changes no number of a run: --small only by the settings it stands for, --accumulate only by rounding
+# and by the draws of --dropout.
 NO_SETTINGS = ("data_dir", "out", "checkpoint_epochs", "fresh", "small", "accumulate")
 NO_SETTINGS += ("figure", "compare", "over", "to", "report", "needs")
 OF_PENALTY = {"lam", "curvature", "form", "fisher_samples", "fisher_from"}  # gd has none of these
@@ -1052,12 +1052,11 @@ def passes_of_a_run(cfg, method: Method, tasks: list[Data]) -> Counter:
     """
     passes = Counter()
     for k, task in enumerate(tasks):
-        replay, distill, fisher = (k > 0 and method.replay, k > 0 and method.distill, method.fisher)
+        replay, distill = k > 0 and method.replay, k > 0 and method.distill
         passes["training"] += cfg.epochs * len(task.y) * (3 + 3 * replay + distill)  # real, replay, teacher
-        if fisher and k + 1 < len(tasks):
-            passes["Fisher"] += 6 * (cfg.fisher_samples or len(task.y))
-        old = k * len(task.y.unique())
-        passes["replay"] += cfg.sample_steps * replay * cfg.replay_per_class * old
+        if method.fisher and k + 1 < len(tasks):
+            passes["Fisher"] += 6 * (cfg.fisher_samples or len(task.y))  # two derivatives
+        passes["replay"] += cfg.sample_steps * replay * cfg.replay_per_class * k * len(task.y.unique())
         if not method.joint or k + 1 == len(tasks):
             passes["FID"] += cfg.sample_steps * sum(len(t.test_y) for t in tasks[: k + 1])
     return passes
@@ -1660,13 +1659,18 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
 
 
 def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
-    """A panel a measure; lines[name][value] are the runs at that value of the setting `over`."""
+    """A panel for each of MEASURES in which runs differ; lines[name][value] are the runs at that value."""
+    runs = [run for points in lines.values() for found in points.values() for run in found]
+    shown = [key for key in MEASURES if len({run[key] for run in runs}) > 1]
     values = list(dict.fromkeys(v for points in lines.values() for v in points))
     numeric = all(isinstance(v, int | float) for v in values)
     place = {v: v if numeric else i for i, v in enumerate(values)}
     positive = [v for v in values if numeric and v > 0]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axes, key in zip(figure.subplots(2, 2).flat, MEASURES):
+    panels = figure.subplots(2, 2).flat
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    for axes, key in zip(panels, shown):
         for i, (name, points) in enumerate(lines.items()):
             at = sorted(points, key=place.get)
             found = [mean_and_error([run[key] for run in points[v]]) for v in at]
@@ -1693,7 +1697,6 @@ def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize="small")
-    runs = [run for points in lines.values() for found in points.values() for run in found]
     seeds = sorted({run["seed"] for run in runs})
     features = ", ".join(sorted({run["fid_features"] for run in runs}))
     figure.suptitle(f"seeds {seeds}, mean and standard error; FID features: {features}", fontsize="medium")
@@ -2095,9 +2098,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
         cfg.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(
-            dir=cfg.out
-        ).close()  # cannot be written to? said now, not after the first epoch
+        tempfile.TemporaryFile(dir=cfg.out).close()  # not writable? said now, not after loading the data
         finished, path = cfg.out / "result.json", cfg.out / "checkpoint.pt"
         same_for_all(finished.exists())
         if finished.exists() and not cfg.fresh:
@@ -2137,8 +2138,6 @@ def main(argv: list[str] | None = None) -> dict | None:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         stop(f"{device} has too little memory: raise --accumulate (now {cfg.accumulate}) or lower --channels")
-    if WORLD > 1:
-        dist.destroy_process_group()
     print(table(result))
     if cfg.figure:
         return paint_figure(cfg, data, device)
@@ -2149,3 +2148,5 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 if __name__ == "__main__":
     main()
+    if WORLD > 1:
+        dist.destroy_process_group()

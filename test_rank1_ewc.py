@@ -1207,13 +1207,18 @@ r.main(sys.argv[3:])
 """
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
+def run_once(tmp_path_factory, *argv):
+    """The folder of a run that several tests compare theirs with."""
+    folder = tmp_path_factory.mktemp("once")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(r, "CACHE", tmp_path_factory.getbasetemp() / "rank1_ewc")
-        run_main(folder, *LONGER)
+        run_main(folder, *argv)
     return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_once(tmp_path_factory, *LONGER)
 
 
 def same_but_for_the_seconds(folder, other):
@@ -1319,11 +1324,7 @@ def two_processes(*command):
 
 @pytest.fixture(scope="module")
 def by_one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(r, "CACHE", tmp_path_factory.getbasetemp() / "rank1_ewc")
-        run_main(folder, *SHARED)
-    return folder
+    return run_once(tmp_path_factory, *SHARED)
 
 
 def log_and_result(folder):
