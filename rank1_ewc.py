@@ -1661,7 +1661,7 @@ def compare(folders: list[Path], over: str, to: Path) -> None:
 def plot_lines(lines: dict[str, dict], over: str, path: Path) -> None:
     """A panel for each of MEASURES in which runs differ; lines[name][value] are the runs at that value."""
     runs = [run for points in lines.values() for found in points.values() for run in found]
-    shown = [key for key in MEASURES if len({run[key] for run in runs}) > 1]
+    shown = [key for key in MEASURES if len({run[key] for run in runs}) > 1] or [MEASURES[0]]
     values = list(dict.fromkeys(v for points in lines.values() for v in points))
     numeric = all(isinstance(v, int | float) for v in values)
     place = {v: v if numeric else i for i, v in enumerate(values)}
