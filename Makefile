@@ -83,12 +83,12 @@ rank-k: $(call known,gd) $(call study,$(addsuffix +lam=1000,rank1 rank1-eig rank
 rank-k:  ## mu or F's top eigenvectors, 1, 2, 4, 8 of them
 	$(RUN) --compare $^ --over method --to results/rank-k
 
-decoupled: $(call known,gd) $(call study,$(foreach l,1000 10000,rank1+lam=$(l) rank1+lam=$(l)+form=proximal))
+decoupled: $(call known,gd) $(call study,rank1+lam=1000 rank1+lam=1000+form=proximal)
 decoupled:  ## the penalty in the loss against a proximal step after each of Adam's
 	$(RUN) --compare $^ --over lam --to results/decoupled
 
 regime: $(call study,$(addsuffix +lr=2e-4+lr-decay=none,gd rank1+lam=10 rank1+lam=100))
-regime:  ## the method where its mu is F's top eigenvector: at the paper's constant learning rate
+regime:  ## the method where the gradients have a mean: at the paper's constant learning rate
 	$(RUN) --compare $^ --over lam --to results/regime
 
 mu: mu-samples mu-timesteps  ## how mu is estimated: from how many samples, and of which timesteps
@@ -101,7 +101,7 @@ teacher: $(call known,gd) $(call study,gd+ema=0.99 gd+ema=0.999)
 teacher:  ## the teacher: the last weights, or their average
 	$(RUN) --compare $^ --over ema --to results/teacher
 
-pool: $(call known,gd) $(call study,rank1+lam=100 $(foreach p,10 50,gd+replay-per-class=$(p) rank1+lam=100+replay-per-class=$(p)))
+pool: $(call known,gd) $(call study,gd+replay-per-class=10 gd+replay-per-class=50 rank1+lam=100+replay-per-class=10 rank1+lam=100)
 pool:  ## how many images the teacher paints of each class
 	$(RUN) --compare $^ --over replay_per_class --to results/pool
 
@@ -111,7 +111,7 @@ bf16:  ## does training and sampling in bfloat16 change the result?
 
 OTHER = gd$(1) rank1$(1)+lam=1000 rank1$(1)+curvature=300
 FASHION = $(foreach flags,$(call OTHER,+dataset=fashion+small),$(STUDIES)/$(flags)+seed=$(firstword $(SEEDS)))
-SIZES = $(call known,gd) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l)) $(call OTHER,+channels=8$(comma)16))
+SIZES = $(call known,gd) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l)) rank1+curvature=300 $(call OTHER,+channels=8$(comma)16))
 comma := ,
 curvature: $(SIZES) $(FASHION)
 	$(RUN) --compare $^ --over lam --to results/transfer-lambda
