@@ -83,7 +83,7 @@ rank-k: $(call known,gd) $(call study,$(addsuffix +lam=1000,rank1 rank1-eig rank
 rank-k:  ## mu or F's top eigenvectors, 1, 2, 4, 8 of them
 	$(RUN) --compare $^ --over method --to results/rank-k
 
-decoupled: $(call known,gd) $(call study,rank1+lam=1000 rank1+lam=1000+form=proximal)
+decoupled: $(call known,gd) $(call study,$(foreach l,1000 10000,rank1+lam=$(l) rank1+lam=$(l)+form=proximal))
 decoupled:  ## the penalty in the loss against a proximal step after each of Adam's
 	$(RUN) --compare $^ --over lam --to results/decoupled
 
