@@ -1,0 +1,339 @@
+"""How much faster is this project's code than the plain way to write it, and do both compute the same?
+
+    python -m results.bench            # a quarter of an hour on a CPU; writes results/bench-<device>.json
+    python -m results.bench --quick    # small sizes, once each, in seconds; writes only what --to FILE names
+
+The plain way is what a reader of the paper would write first: a loop over samples, over tasks, over classes,
+around diffusers' network and sampler where diffusers is installed. Each piece of work is done in both ways,
+turn about, and what counts is the ratio of the median times. On a CPU the network is the digits'. On a GPU
+it is the paper's, and ours trains and samples compiled and in bfloat16, as a run does.
+"""
+
+import argparse
+import copy
+import io
+import os
+import platform
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import cleanfid.fid
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_tensor
+
+import rank1_ewc as r
+
+try:
+    import diffusers
+except ImportError:
+    diffusers = None
+
+NETWORK = "diffusers" if diffusers else "plain PyTorch"
+SIZES = {  # settings of the script; on a GPU fewer images to paint than in a run
+    "quick": "--fisher-samples 20 --batch-size 8 --replay-per-class 5 --sample-steps 4 --no-compile",
+    "cpu": "--fisher-samples 200",
+    "cuda": "--dataset mnist --fisher-samples 256 --replay-per-class 100 --sample-steps 10",
+}
+VARIANTS = {"plain": "", "bf16": "--bf16", "compile": "--compile", "accumulate 2": "--accumulate 2"}
+
+
+class Bench:
+    """What the pieces of work share: two untrained networks, random images x of classes y, and the lines."""
+
+    def __init__(self, quick: bool):
+        self.quick, self.gpu, self.lines = quick, torch.cuda.is_available(), {}
+        sizes = SIZES["quick" if quick else "cuda" if self.gpu else "cpu"]
+        self.cfg = r.parse_args(["--method", "gd", *sizes.split()])
+        self.device = r.set_up(self.cfg)
+        self.steps, side = 3 if quick else 20, 8 if self.cfg.dataset == "digits" else 32
+        x = torch.randint(256, (self.steps * self.cfg.batch_size, 1, side, side), generator=self.generator())
+        self.x, self.y = x.to(self.device, torch.uint8), torch.arange(len(x), device=self.device) % 10
+        data = r.Data(self.x, self.y, self.x, self.y)
+        self.student = r.new_state(self.cfg, data, self.device).model
+        self.cfg.seed = 1
+        self.teacher = r.new_state(self.cfg, data, self.device).model.eval().requires_grad_(False)
+
+    def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
+        """A fresh generator, with the same seed at every call."""
+        return r.rng(torch.device(device), "bench")
+
+    def timed(self, way: Callable) -> tuple:
+        """The seconds that way() takes, with what it left to the GPU, and its result."""
+        started = time.perf_counter()
+        result = way()
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, result
+
+    def compare(self, name: str, plain: Callable, ours: Callable, aims: tuple, same_to: float | None) -> dict:
+        """Do a piece of work both ways, turn about; print and keep the median seconds and the difference.
+
+        aims: how many times as fast ours should be, on a CPU and on a GPU. same_to: the largest difference of
+        the results that is allowed; None where ours is in bfloat16: the plain way then has PyTorch's defaults.
+        """
+        seconds = []
+        for _ in range(2 if self.quick else 6):
+            torch.backends.cudnn.allow_tf32 = same_to is None
+            torch.use_deterministic_algorithms(self.gpu and same_to is not None, warn_only=True)
+            plain_s, plain_result = self.timed(plain)
+            torch.backends.cudnn.allow_tf32 = False
+            torch.use_deterministic_algorithms(self.gpu, warn_only=True)
+            ours_s, our_result = self.timed(ours)
+            seconds.append((plain_s, ours_s))
+        plain_s, ours_s = np.median(seconds[1:], axis=0).tolist()  # the first turn warms up
+        ratio, aim, apart = plain_s / ours_s, aims[self.gpu], difference(plain_result, our_result)
+        times = f"{plain_s:9.3g}{ours_s:9.3g}{ratio:7.1f}{aim or '-':>5}{apart:12.1e}"
+        missed = "  missed" if aim and ratio < aim else ""
+        differs = "  NOT THE SAME" if same_to and apart > same_to else ""
+        print(f"{name:55}{times}{missed}{differs}", flush=True)
+        line = {"plain s": plain_s, "ours s": ours_s, "ratio": ratio, "aim": aim}
+        self.lines[name] = line | {"difference": apart, "same to": same_to}
+        return self.lines[name]
+
+
+def difference(plain, ours) -> float:
+    """The largest difference as a share of the largest value, of images the mean one; of a tuple the worst."""
+    if isinstance(plain, tuple):
+        return max(difference(a, b) for a, b in zip(plain, ours))
+    plain, ours = torch.as_tensor(plain), torch.as_tensor(ours)
+    gap = (plain.double() - ours.double()).abs()
+    gap = gap.mean() if plain.dtype == torch.uint8 else gap.max()
+    return float(gap / plain.abs().max())
+
+
+def plain_network(cfg: r.Settings, ours: nn.Module) -> nn.Module:
+    """Diffusers' network with the weights of ours; without diffusers a copy of ours that is not compiled."""
+    if not diffusers:
+        return copy.deepcopy(ours)
+    down, up = ["DownBlock2D"] * len(cfg.channels), ["UpBlock2D"] * len(cfg.channels)
+    if len(cfg.channels) > 2:
+        down[2], up[-3] = "AttnDownBlock2D", "AttnUpBlock2D"
+    settings = {"in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
+    settings |= {"block_out_channels": cfg.channels, "down_block_types": down, "up_block_types": up}
+    settings |= {"layers_per_block": cfg.layers_per_block, "norm_num_groups": max(8, cfg.channels[0] // 4)}
+    network = diffusers.UNet2DModel(downsample_type="resnet", upsample_type="resnet", **settings)
+    network.load_state_dict(ours.state_dict())
+    network.register_forward_hook(lambda module, inputs, output: output.sample)  # a tensor, as ours returns
+    return network.to(next(ours.parameters()).device).train(ours.training)
+
+
+def bench_fisher(bench: Bench) -> None:
+    """The Fisher of a task: plain is the gradient of one sample at a time, summed in float64."""
+    model = copy.deepcopy(bench.student).eval()  # the copy is not compiled, which torch.func needs
+    x, y, n = bench.x, bench.y, bench.cfg.fisher_samples
+
+    def one_by_one(generator):
+        for batch in r.fisher_batches(x, y, n, generator):
+            for i in range(len(batch[0])):
+                loss = r.per_sample_loss(model, *[v[i : i + 1] for v in batch]).mean()
+                yield r.flat(torch.autograd.grad(loss, model.parameters())).double()
+
+    def plain_rank1():
+        generator = bench.generator(bench.device)
+        mu = sum(one_by_one(generator)) / n
+        energy = sum((mu @ g) ** 2 for g in one_by_one(generator)) / n  # over fresh draws
+        return mu, energy / (mu @ mu) ** 2
+
+    def plain_diagonal():
+        return sum(g**2 for g in one_by_one(bench.generator(bench.device))) / n
+
+    def our(fisher):
+        return fisher(model, x, y, n, bench.generator(bench.device))
+
+    bench.compare("mu and c* of a task", plain_rank1, lambda: our(r.rank1_fisher), (10, 30), 1e-4)
+    bench.compare("diagonal of F", plain_diagonal, lambda: our(r.diagonal_fisher), (4, 15), 1e-4)
+
+
+def bench_training(bench: Bench) -> float:
+    """Steps with replay and distillation, on the same batches. -> the seconds of one of ours."""
+    cfg, half, replay = bench.cfg, bench.cfg.batch_size, (bench.x.flip(0), bench.y.flip(0))
+    start = copy.deepcopy(bench.student.state_dict())
+    student, teacher = plain_network(cfg, bench.student), plain_network(cfg, bench.teacher)
+
+    def begin(student):  # from the same weights, in the second task
+        student.load_state_dict(start)
+        state = r.State(student, torch.optim.Adam(student.parameters(), lr=cfg.lr), bench.teacher, task=1)
+        return state, r.batches(cfg, state, bench.x, bench.y, replay, half)
+
+    def plain():
+        state, batches = begin(student)
+        step_losses = []
+        for x0, t, eps, y in batches:
+            x_t = r.add_noise(x0, t, eps)
+            eps_student = student(x_t, t, y)
+            with torch.no_grad():
+                eps_teacher = teacher(x_t[half:], t[half:], y[half:])
+            denoise = F.mse_loss(eps_student[:half], eps[:half])
+            distill = F.mse_loss(eps_student[half:], eps_teacher)
+            state.optimizer.zero_grad()
+            (denoise + distill).backward()
+            state.optimizer.step()
+            step_losses.append([denoise.item(), distill.item(), 0.0])
+        return torch.tensor(step_losses)
+
+    def ours():
+        state, batches = begin(bench.student)
+        return torch.stack([r.train_step(cfg, state, batch) for batch in batches]).cpu()
+
+    name, same_to = f"{bench.steps} training steps ({NETWORK})", None if cfg.bf16 else 1e-3
+    return bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
+
+
+def bench_penalty(bench: Bench, step_seconds: float) -> None:
+    """The penalty after 19 tasks and its gradient: plain keeps every mu and theta* in float64."""
+    theta, penalty, tasks = r.flat(bench.student.parameters()).detach(), r.LowRankPenalty(1.0), []
+    generator, c_star = bench.generator(bench.device), theta.new_tensor(1e-6)
+    for _ in range(19):
+        mu, step = torch.randn(2, len(theta), generator=generator, device=bench.device)
+        tasks.append((mu.double(), (theta + 0.01 * step).double()))
+        penalty.add((mu, c_star), theta + 0.01 * step)
+
+    def plain_penalty(weights):
+        return sum(c_star * (mu @ (weights.double() - theta_star)) ** 2 for mu, theta_star in tasks) / 2
+
+    def gradient(of):
+        weights = theta.clone().requires_grad_()
+        return torch.autograd.grad(of(weights), weights)[0]
+
+    name = "penalty and its gradient after 19 tasks"
+    line = bench.compare(name, lambda: gradient(plain_penalty), lambda: gradient(penalty), (None, None), 1e-4)
+    line["plain MB"] = sum(mu.nbytes + theta_star.nbytes for mu, theta_star in tasks) / 2**20
+    line["ours MB"] = sum(v.nbytes for v in vars(penalty).values() if torch.is_tensor(v)) / 2**20
+    line["share of a step"], share = line["ours s"] / step_seconds, line["ours MB"] / line["plain MB"]
+    print(f"    keeps {share:.2f} of the memory (aim: a third)" + ("  missed" if share > 1 / 3 else ""))
+
+
+def bench_pool(bench: Bench) -> None:
+    """The replay pool of the last task, from the same noise: plain is a class at a time."""
+    cfg, shape, num_old = bench.cfg, bench.x.shape[1:], 10 - 10 // bench.cfg.tasks
+    teacher = plain_network(cfg, bench.teacher)
+
+    @torch.no_grad()
+    def plain():
+        generator, images = r.rng(bench.device, cfg.seed, "replay pool"), []
+        noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=bench.device)
+        for c in range(num_old):
+            for x in noise.split(r.SAMPLE_BATCH):
+                y = torch.full((len(x),), c, device=bench.device)
+                if diffusers:
+                    scheduler = diffusers.DDIMScheduler()
+                    scheduler.set_timesteps(cfg.sample_steps)
+                    for t in scheduler.timesteps:
+                        x = scheduler.step(teacher(x, t, y), t, x).prev_sample
+                else:
+                    x = r.ddim_sample(teacher, x, y, cfg.sample_steps)
+                images.append(r.to_uint8(x))
+        return torch.cat(images)
+
+    name, same_to = f"sampling the replay pool ({NETWORK})", None if cfg.bf16 else 1e-3
+    bench.compare(
+        name, plain, lambda: r.replay_pool(cfg, bench.teacher, shape, num_old)[0], (1.3, 3), same_to
+    )
+
+
+def bench_frechet_distance(bench: Bench) -> None:
+    """The Frechet distance: plain is clean-fid's, by a matrix square root, without its warnings."""
+    images, features = (500, 256) if bench.quick else (2000, 2048)
+    a, b = np.random.default_rng(0).normal(size=(2, images, features)) ** 2  # never negative, as Inception's
+    b += 0.1
+
+    def plain():
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+            return cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+
+    name = f"Frechet distance, {features} features, {images} images a side"
+    bench.compare(name, plain, lambda: r.frechet_distance(a, b), (15, 10), 1e-3)
+
+
+def bench_reading(bench: Bench) -> None:
+    """A task's images once, in batches on the device: plain is a DataLoader over PIL images."""
+    shape, size, device = (600 if bench.quick else 12_000, 1, 32, 32), bench.cfg.batch_size, bench.device
+    images = torch.randint(200, shape, generator=bench.generator()).to(torch.uint8)
+    on_device, pictures = images.to(device), [Image.fromarray(image[0].numpy()) for image in images]
+    loader = DataLoader(pictures, size, collate_fn=lambda batch: torch.stack([to_tensor(v) for v in batch]))
+
+    def plain():
+        return torch.stack([(2 * x.to(device) - 1).mean() for x in loader])
+
+    def ours():
+        return torch.stack([r.to_float(x).mean() for x in on_device.split(size)])
+
+    bench.compare(f"reading a task's {len(images):,} images once", plain, ours, (20, 20), 1e-4)
+
+
+def step_against_matrix_products(bench: Bench, seconds: float) -> dict[str, float]:
+    """What share of the speed of large matrix products a training step of so many seconds reaches."""
+    x0 = torch.zeros(2 * bench.cfg.batch_size, *bench.x.shape[1:], device=bench.device)
+    zeros = torch.zeros(len(x0), dtype=torch.long, device=bench.device)
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        sum(r.losses(bench.student, bench.teacher, x0, zeros, x0, zeros)).backward()
+    side, flop = 8192 if bench.gpu else 2048, counter.get_total_flops()
+    square = torch.randn(side, side, device=bench.device).to(
+        torch.bfloat16 if bench.cfg.bf16 else torch.float32
+    )
+    peak = 2 * side**3 / min(bench.timed(lambda: square @ square)[0] for _ in range(20))
+    share = flop / seconds / peak
+    print(f"a training step reaches {share:.0%} of the speed of a large matrix product here")
+    return {"seconds": seconds, "GFLOP": flop / 1e9, "peak GFLOP/s": peak / 1e9, "share": share}
+
+
+def short_runs(device: torch.device) -> dict[str, list[float]]:
+    """The final AFID of short runs on digits: no variant should move it further than another seed does."""
+    torch.set_num_threads(1)  # networks this small gain nothing from more
+    print("\nAFID of short runs on digits, seeds 0, 1, 2")
+    found = {}
+    for variant, flags in VARIANTS.items():
+        torch.compiler.reset()
+        found[variant] = []
+        for seed in range(3):
+            argv = f"--epochs 27 --replay-per-class 50 --seed {seed} --no-bf16 --no-compile {flags}".split()
+            with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+                result = r.main([*argv, "--device", device.type, "--out", folder])
+            found[variant].append(result["afid"][-1])
+        within = min(found["plain"]) <= np.mean(found[variant]) <= max(found["plain"])
+        afids = "".join(f"{afid:9.1f}" for afid in found[variant])
+        print(f"{variant:14}{afids}" + ("" if within else "  mean outside the plain seeds'"), flush=True)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Print a line for each piece of work, write them, and return them by name."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, once each, no short runs")
+    parser.add_argument("--to", type=Path, help="file to write (default: results/bench-<device>.json)")
+    given = parser.parse_args(argv)
+    r.BAR["disable"], bench = True, Bench(given.quick)
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name() if bench.gpu else cpu
+    content = {"device": name, "torch": torch.__version__, "network": f"{bench.cfg.dataset}'s"}
+    print(f"{', '.join(content.values())}\n\n{'':58}plain s   ours s  ratio  aim  difference")
+    bench_fisher(bench)
+    step_seconds = bench_training(bench)
+    bench_penalty(bench, step_seconds)
+    bench_pool(bench)
+    bench_frechet_distance(bench)
+    bench_reading(bench)
+    content["largest difference"] = max(v["difference"] for v in bench.lines.values() if v["same to"])
+    print(f"\nThe two ways differ by {content['largest difference']:.1e} of the largest value at most.")
+    content |= bench.lines | {"training step": step_against_matrix_products(bench, step_seconds)}
+    if not given.quick:
+        content["AFID of short runs"] = short_runs(bench.device)
+        given.to = given.to or Path(__file__).with_name(f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json")
+    if given.to:
+        r.write_json(given.to, content)
+    return bench.lines
+
+
+if __name__ == "__main__":
+    main()
