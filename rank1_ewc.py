@@ -202,21 +202,15 @@ def load_torchvision(dataset: type, files: str, folder: str, data_dir: Path) -> 
 
     CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
     """
-
-    def images(split) -> Tensor:
-        x = torch.as_tensor(split.data)  # (N, 28, 28) or (N, 32, 32, 3)
-        return F.pad(x, (2, 2, 2, 2))[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-
     try:
-        train, test = (
-            dataset(data_dir, train=True, download=True),
-            dataset(data_dir, train=False, download=True),
-        )
-        labels, test_labels = torch.as_tensor(train.targets), torch.as_tensor(test.targets)
-        return Data(images(train), labels, images(test), test_labels)
+        train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
+        x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
     except DAMAGED as error:
         name = f"{dataset.__name__} is missing or damaged, and cannot be downloaded ({error})"
         stop(f"{name}: put {files} into {data_dir / folder}, or name another folder with --data-dir")
+    if x.ndim == 3:  # (N, 28, 28)
+        x, test_x = (F.pad(images, (2, 2, 2, 2))[..., None] for images in (x, test_x))
+    return Data(x.permute(0, 3, 1, 2), y, test_x.permute(0, 3, 1, 2), test_y)
 
 
 def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
@@ -292,11 +286,6 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
 HEAD_CHANNELS = 8
 
 
-def double_size(x: Tensor) -> Tensor:
-    """Each pixel becomes 2x2. (B, C, H, W) -> (B, C, 2H, 2W)."""
-    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4, 5).flatten(2, 3)
-
-
 class Resnet(nn.Module):
     """Residual block, the time and class embedding added in its middle; `resample` acts on both its paths."""
 
@@ -348,7 +337,7 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return self.conv(double_size(x) if self.up else x)
+        return self.conv(F.interpolate(x, scale_factor=2) if self.up else x)
 
 
 class Stage(nn.Module):
@@ -385,7 +374,8 @@ class UNet(nn.Module):
             return Attention(c, groups) if level == 2 else nn.Identity()
 
         def resample(level, c, up):  # where there is attention, a residual block does it
-            return resnet(c, c, double_size if up else nn.AvgPool2d(2)) if level == 2 else Resample(c, up)
+            change = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+            return resnet(c, c, change) if level == 2 else Resample(c, up)
 
         self.num_frequencies = channels[0] // 2
         linear_1, linear_2 = nn.Linear(channels[0], temb), nn.Linear(temb, temb)
@@ -705,9 +695,7 @@ METHODS = {
 # all old classes; on these the student imitates the teacher, on the real ones it finds the noise.
 
 
-def replay_pool(
-    cfg: Settings, teacher: nn.Module, shape: Sequence[int], num_old: int
-) -> tuple[Tensor, Tensor]:
+def replay_pool(cfg: Settings, teacher: UNet, shape: Sequence, num_old: int) -> tuple[Tensor, Tensor]:
     """The teacher's images of the classes 0..num_old-1, equally many of each. -> (N, C, H, W) uint8, (N,).
 
     The n-th image starts from the same noise for every class, and after every task.
@@ -771,9 +759,8 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     extractor of the published numbers did.
     """
     try:
-        network = cleanfid.features.build_feature_extractor(
-            "legacy_tensorflow", device, use_dataparallel=False
-        )
+        build = cleanfid.features.build_feature_extractor
+        network = build("legacy_tensorflow", device, use_dataparallel=False)
     except DAMAGED as error:
         weights = f"the Inception weights cannot be loaded or downloaded ({error})"
         stop(f"{weights}: put a whole inception-2015-12-05.pt into /tmp, or give --fid classifier")
@@ -786,23 +773,24 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
     digest of these.
     """
-    conv, (channels, size) = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1), data.x.shape[1:3]
+    channels, size = data.x.shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [conv(channels, 32), nn.SiLU(), conv(32, 64), nn.SiLU(), nn.Flatten()]  # smooth, see below
-        layers += [
+        model = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
+            nn.SiLU(),  # smooth: a unit that is dead on two classes would make their covariance singular
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
             nn.Linear(64 * math.ceil(size / 4) ** 2, 64),
             nn.SiLU(),
             nn.Linear(64, int(data.y.max()) + 1),
-        ]
-        model = nn.Sequential(*layers).to(device)
+        ).to(device)
     digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
     path = CACHE / f"classifier-{name}-{digest}.pt"
     if not path.exists():
-        optimizer, generator = (
-            torch.optim.Adam(model.parameters(), lr=1e-3),
-            rng(torch.device("cpu"), "classifier"),
-        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        generator = rng(torch.device("cpu"), "classifier")
         for _ in tqdm(range(1000), desc="classifier for the FID", unit="step", leave=False, **BAR):
             index = torch.randint(len(data.y), (128,), generator=generator)
             x, y = data.x[index].to(device), data.y[index].to(device)
@@ -954,22 +942,21 @@ def timed(state: State, part: str) -> Iterator[None]:
 # Training: the batches, one step, a task, and the run over all tasks. The three losses meet in train_step.
 
 
-def batches(
-    cfg: Settings, state: State, x: Tensor, y: Tensor, replay: tuple | None, size: int
-) -> Iterator[tuple]:
+def batches(cfg: Settings, state: State, task: Data, replay: tuple | None, size: int) -> Iterator[tuple]:
     """An epoch's batches (x0, t, eps, y): `size` real images each and as many replayed ones, in random order.
 
-    x (N, C, H, W) uint8 and y (N,): the task's real images, on the device; replay: the pool's (x, y) or None.
-    All batches are full: an epoch leaves out a random remainder.
+    task: its images lie on the device; replay: the pool's images and classes, or None. All batches are full:
+    an epoch leaves out a random remainder.
     """
     purposes = ("order", "noise", "replay", "dropout")
-    draw = {purpose: rng(x.device, cfg.seed, purpose, state.task, state.epoch) for purpose in purposes}
+    x, y, device = task.x, task.y, task.x.device
+    draw = {purpose: rng(device, cfg.seed, purpose, state.task, state.epoch) for purpose in purposes}
     torch.manual_seed(draw["dropout"].initial_seed() + RANK)  # nn.Dropout knows only the global generator
-    order = torch.randperm(len(x), generator=draw["order"], device=x.device)
+    order = torch.randperm(len(x), generator=draw["order"], device=device)
     for index in order[: len(x) // size * size].split(size):
         images, labels = x[index], y[index]
         if replay:
-            old = torch.randint(len(replay[1]), (size,), generator=draw["replay"], device=x.device)
+            old = torch.randint(len(replay[1]), (size,), generator=draw["replay"], device=device)
             images, labels = torch.cat([images, replay[0][old]]), torch.cat([labels, replay[1][old]])
         x0 = to_float(images)
         yield x0, *draw_noise(x0, draw["noise"]), labels
@@ -1020,21 +1007,20 @@ def after_step(cfg: Settings, state: State) -> None:
         state.average.lerp_(flat(state.model.parameters()), 1 - cfg.ema)
 
 
-def train_task(cfg: Settings, state: State, x: Tensor, y: Tensor, replay: tuple | None) -> None:
+def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) -> None:
     """The epochs of a task, from where the state stands. With --ema it ends with the averaged weights."""
-    parts = WORLD * cfg.accumulate
-    if cfg.batch_size % parts or len(x) < parts:
+    n, parts, saved = len(task.y), WORLD * cfg.accumulate, time.monotonic()
+    if cfg.batch_size % parts or n < parts:
         stop(
-            f"--batch-size {cfg.batch_size}, and {len(x)} images, must share out to {parts} processes x turns"
+            f"{parts} processes x --accumulate cannot share --batch-size {cfg.batch_size}, or {n} images, equally"
         )
-    size = min(cfg.batch_size, len(x) // parts * parts)
-    steps, saved = cfg.epochs * (len(x) // size), time.monotonic()
-    name = f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
+    size = min(cfg.batch_size, n // parts * parts)
+    steps, name = cfg.epochs * (n // size), f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
     with tqdm(initial=state.step, total=steps, desc=name, unit="step", **BAR) as bar:
         while state.epoch < cfg.epochs:
             state.model.train()
             epoch_losses = []
-            for batch in batches(cfg, state, x, y, replay, size):
+            for batch in batches(cfg, state, task, replay, size):
                 if cfg.lr_decay == "linear":
                     state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
                 epoch_losses.append(train_step(cfg, state, batch))
@@ -1062,16 +1048,18 @@ def log_epoch(cfg: Settings, state: State, epoch_losses: Tensor, bar: tqdm) -> N
     bar.set_postfix({name: f"{v:.4f}" for name, v in means.items() if v}, refresh=False)
 
 
-def learn_penalty(cfg: Settings, state: State, x: Tensor, y: Tensor) -> None:
+def learn_penalty(cfg: Settings, state: State, task: Data) -> None:
     """After a task: its Fisher and theta* go to the penalty, and what to watch of them into the state."""
     method, theta = METHODS[cfg.method], flat(state.model.parameters()).detach()
     if state.task > 0:
         state.drift.append(state.penalty.drift(theta).tolist())
     if state.task + 1 == cfg.tasks:  # nobody needs the last one
         return
-    generator = rng(x.device, cfg.seed, "fisher", state.task)
+    generator = rng(task.x.device, cfg.seed, "fisher", state.task)
     with torch.compiler.set_stance("force_eager"):  # torch.func needs the code itself
-        fisher = method.fisher(state.model, x, y, cfg.fisher_samples, generator, cfg.fisher_timesteps)
+        fisher = method.fisher(
+            state.model, task.x, task.y, cfg.fisher_samples, generator, cfg.fisher_timesteps
+        )
     state.penalty.add(fisher, theta)
     if method.penalty is DiagonalPenalty:
         state.fisher.append({"trace": float(fisher.sum())})
@@ -1099,13 +1087,6 @@ def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, feature
     tqdm.write(f"after task {len(tasks)}, FID ({cfg.fid_features}): {'  '.join(f'{v:.1f}' for v in row)}")
 
 
-def real_fid(cfg: Settings, tasks: list[Data], real: list, features: Callable) -> list[float]:
-    """What a perfect model would score: the FID of as many training images, at random, in samples' place."""
-    generator = rng(torch.device("cpu"), cfg.seed, "real")
-    chosen = [torch.randperm(len(task.x), generator=generator)[: len(task.test_x)] for task in tasks]
-    return [frechet_distance(a, features(task.x[i])) for a, task, i in zip(real, tasks, chosen)]
-
-
 def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], device: torch.device) -> dict:
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
@@ -1118,23 +1099,27 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
     state = new_state(cfg, data, device)
     load_checkpoint(cfg, state)
     real = [features(task.test_x) for task in tasks]
-    state.fid_real = real_fid(cfg, tasks, real, features)
+    generator = rng(torch.device("cpu"), cfg.seed, "real")
+    others = [task.x[torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]] for task in tasks]
+    state.fid_real = [
+        frechet_distance(a, features(images)) for a, images in zip(real, others)
+    ]  # a perfect model's
 
     while state.task < len(lessons):
         k, replay = state.task, None
-        x, y = lessons[k].x.to(device), lessons[k].y.to(device)
+        task = lessons[k]._replace(x=lessons[k].x.to(device), y=lessons[k].y.to(device))
         seen = tasks if method.joint else tasks[: k + 1]
         if method.replay and k > 0:
             with timed(state, "replay"):  # the teacher's paintings of all old classes
-                replay = replay_pool(cfg, state.teacher, x.shape[1:], k * classes)
+                replay = replay_pool(cfg, state.teacher, task.x.shape[1:], k * classes)
         with timed(state, "train"):
-            train_task(cfg, state, x, y, replay)
+            train_task(cfg, state, task, replay)
         if method.penalty:
             with timed(state, "fisher"):
-                learn_penalty(cfg, state, x, y)
+                learn_penalty(cfg, state, task)
         with timed(state, "fid"):
             evaluate(cfg, state, seen, real, features, device)
-        save_samples(cfg, state.model, x.shape[1:], len(seen), classes, device)
+        save_samples(cfg, state.model, task.x.shape[1:], len(seen), classes, device)
         plot_fid(cfg, state)
 
         state.task += 1
@@ -1152,16 +1137,12 @@ def save_result(cfg: Settings, state: State) -> dict:
     afid, forgetting = afid_and_forgetting(state.fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
-    result |= {"fid": state.fid, "afid": afid, "forgetting": forgetting, "fid_pooled": state.fid_pooled}
-    result |= {"fid_real": state.fid_real, "fisher": state.fisher, "drift": state.drift}
-    result |= {
-        "config": settings_of(cfg),
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "processes": WORLD,
-        "compiled": cfg.compile,
-        "seconds": {part: round(seconds, 1) for part, seconds in state.seconds.items()},
-    }
+    result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
+    result |= {"afid": afid, "forgetting": forgetting, "config": settings_of(cfg)}
+    result["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    result |= {"processes": WORLD, "compiled": cfg.compile}
+    result["seconds"] = {part: round(seconds, 1) for part, seconds in state.seconds.items()}
     if RANK == 0:
         with whole(cfg.out / "model.pt") as temporary, open(temporary, "wb") as file:
             torch.save(state.model.state_dict(), file)

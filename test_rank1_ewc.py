@@ -754,9 +754,9 @@ def test_each_methods_row_does_what_its_name_says(tmp_path, monkeypatch, method)
     distills, penalizes = replays and method != "replay", method.startswith(("diag", "rank"))
     tasks, train_task = [], r.train_task
 
-    def spy(cfg, state, x, y, replay):
-        tasks.append((y.unique().tolist(), replay and replay[1].unique().tolist()))
-        train_task(cfg, state, x, y, replay)
+    def spy(cfg, state, task, replay):
+        tasks.append((task.y.unique().tolist(), replay and replay[1].unique().tolist()))
+        train_task(cfg, state, task, replay)
 
     monkeypatch.setattr(r, "train_task", spy)
     result, log = run_main(tmp_path, "--method", method), read_log(tmp_path)

@@ -38,10 +38,10 @@ def gradients_that_fit(model: nn.Module) -> int:
     return min(r.GRADIENTS, r.GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
 
 
-def add_legend(axes: Axes) -> None:
-    """Draw grid lines, and the legend to the right of the axes, where it covers no data."""
+def add_legend(axes: Axes, ncols: int = 5) -> None:
+    """Draw grid lines, and the legend below the axes, where it covers no data."""
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize="small", ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def figure_1(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
         any_image += len(x0) / len(data.x) * x0.square().mean()
     high, low = (abar[TIMES] * mean_image).tolist(), (abar[TIMES] * any_image).tolist()
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(TIMES, mse, "o-", ms=4, label=r"measured: MSE($x_t$, $\sqrt{1-\bar\alpha_t}\,\hat\epsilon$)")
     axes.plot(TIMES, high, "--", label=r"Prop. 1, high noise: $\bar\alpha_t\,E[E[x_0|y]^2]$")
@@ -133,7 +133,7 @@ def figure_2(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     cos, n = cos.cpu().double(), cos.shape[1]
     mean, mean_top = cos.mean(1).tolist(), [at["cos_top"] for at in at_times]
 
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     above, axes = figure.subplots(2, sharex=True, height_ratios=(1, 2.5))
     above.plot(TIMES, mean, "o-", ms=4, label=r"$\mu_t$")
     above.plot(TIMES, mean_top, "s--", ms=3, label=r"top eigenvector of $F_t$")
@@ -148,7 +148,7 @@ def figure_2(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
 
 
 def figure_3(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
-    """Show (a) the cosines of mu_s and mu_t, (b, c) F_t's eigenvalues, (d) the errors of Theorem 1's F_t."""
+    """Show (a) cosines of mu_s and mu_t, (b, c) F_t's eigenvalues, (d) errors of approximations of F_t."""
     at_times, mu, cos = geometry_at_each_time(model, data)
     n, directions = cos.shape[1], F.normalize(mu)  # (times, D)
     all_timesteps = geometry(model, samples(data, n))[0]
@@ -156,7 +156,7 @@ def figure_3(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     values = [at["eigenvalues"] for at in at_times]  # (times, 5)
     ratio = [second / first for first, second, *_ in values]
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(11, 9), layout="constrained")
     (a, b), (c, d) = figure.subplots(2, 2)
     mesh = a.pcolormesh(TIMES, TIMES, cos_mu, vmin=-1, vmax=1, cmap="RdBu_r")
     figure.colorbar(mesh, ax=a, label=r"$\cos(\mu_s, \mu_t)$")
@@ -165,7 +165,7 @@ def figure_3(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     b.set(title="(b) largest eigenvalues of $F_t$", ylabel="eigenvalue", yscale="log")
     c.plot(TIMES, ratio, "o-", ms=4, label="measured")
     c.plot(700, 0.022, "k*", ms=10, label="paper, t = 700: 0.022")
-    c.set(title="(c) the second over the first", ylabel=r"$\lambda_2 / \lambda_1$", ylim=(0, 1.05))
+    c.set(title="(c) second eigenvalue over first", ylabel=r"$\lambda_2 / \lambda_1$", ylim=(0, 1.05))
     for name in all_timesteps["error"]:
         d.plot(TIMES, [at["error"][name] for at in at_times], "o-", ms=4, label=name)
     d.set(title="(d) approximations A of $F_t$", ylabel=r"$\|F_t - A\| / \|F_t\|$", ylim=(0, 1.05))
@@ -221,7 +221,7 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
 def figure_vae(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     """Show the share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
     n, numbers = gradients_that_fit(model), {"steps": VAE_STEPS}
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for kl_weight in (1.0, 1e-3):
         name, history = f"VAE, KL x {kl_weight:g}", train_vae(data, kl_weight)
@@ -231,12 +231,13 @@ def figure_vae(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
         name, at = f"DDPM, {when}", geometry(model, samples(data, n, timesteps))[0]
         axes.axhline(at["top_share"], ls="--", color=f"C{len(numbers) - 1}", label=f"{name}, trained")
         numbers[name] = [at]
-    for (name, share), color in zip(PUBLISHED_SHARE.items(), ("C0", "C1", "k")):
+    for color, (name, share) in zip(("C0", "C1", "k"), PUBLISHED_SHARE.items()):
         axes.plot(VAE_STEPS[-1], share, "*", ms=12, color=color, label=f"paper, {name}: about {share:.0%}")
     axes.set(xlabel="training steps of the VAE", ylabel=r"$\lambda_1$ / trace of $F$", ylim=(0, 1.05))
     axes.set_xscale("symlog", linthresh=VAE_STEPS[1])
     axes.set_xticks(VAE_STEPS, [str(step) for step in VAE_STEPS])
-    add_legend(axes)
+    axes.set_xlim(-3, 1.4 * VAE_STEPS[-1])
+    add_legend(axes, ncols=3)
     return {"samples": n} | numbers, figure
 
 
