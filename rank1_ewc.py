@@ -17,6 +17,7 @@ g = dl/dtheta the gradient of one sample's loss; mu = E[g]; c* the coefficient o
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -66,7 +67,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-MANY = (1, 10**7)
+COUNT = (1, 10**7)
 SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices, help)
     "dataset": ("digits", str, ("digits", "mnist", "fashion", "cifar10", "imagenet32"), "what is learned"),
     "method": (
@@ -75,48 +76,60 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
         (),
         "joint, finetune, replay, gd, diag-only, rank1-only, diag, rank1, rank2, ..",
     ),
-    "seed": (0, int, (0, 2**62), "of everything that is drawn at random"),
-    "tasks": (5, int, MANY, "the classes are shared out to so many tasks, in label order"),
-    "epochs": (200, int, MANY, "epochs a task"),
-    "batch_size": (128, int, MANY, "real images a step; as many replayed ones come on top"),
+    "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
+    "tasks": (5, int, COUNT, "the classes are shared out to so many tasks, in label order"),
+    "epochs": (200, int, COUNT, "epochs a task"),
+    "batch_size": (128, int, COUNT, "real images a step; as many replayed ones come on top"),
     "lr": (2e-4, float, (1e-12, 1e12), "Adam's learning rate, a fresh Adam each task"),
     "lr_decay": ("none", str, ("none", "linear"), "constant, or falling to 0 within each task"),
     "lam": (15000.0, float, (0, 1e30), "EWC's lambda; a smaller network needs a smaller one"),
     "form": ("loss", str, ("loss", "proximal"), "the penalty in the loss, or a step after each of Adam's"),
-    "fisher_samples": (10_000, int, MANY, "samples (image, t, eps) that a task's Fisher is taken from"),
-    "fisher_timesteps": ([0, NUM_STEPS], numbers, (0, NUM_STEPS), "first timestep of these, and end"),
-    "replay_per_class": (5000, int, MANY, "images of each old class that the teacher paints"),
+    "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) that a task's Fisher is taken from"),
+    "fisher_timesteps": (
+        [0, NUM_STEPS],
+        numbers,
+        (0, NUM_STEPS),
+        "these samples have timesteps from the first to before the second",
+    ),
+    "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher paints"),
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps"),
-    "ema": (0.0, float, (0, 0.99999), "a task ends with its weights averaged, with this decay a step"),
-    "channels": ([128, 256, 256, 256], numbers, (1, 4096), "of the UNet, at each level"),
+    "ema": (0.0, float, (0, 0.99999), "a task ends with the running average of its weights, of this decay"),
+    "channels": ([128, 256, 256, 256], numbers, (1, 4096), "channels of the UNet at each level"),
     "layers_per_block": (2, int, (1, 100), "residual blocks a level"),
     "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, its code ran 0"),
-    "limit": (None, int, MANY, "a quick look: at most so many images a class, and as few of all else"),
+    "limit": (None, int, (2, 10**7), "a quick look: at most so many images a class, and as few of all else"),
     "small": (False, bool, (), "a small network and one epoch a task, for 32x32 images on a CPU"),
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
-    "accumulate": (1, int, MANY, "turns to take a batch in, where memory is short"),
-    "bf16": (None, bool, (), "train and sample in bfloat16 (default: on a GPU)"),
-    "compile": (None, bool, (), "compile the network, which takes a minute (default: on a GPU)"),
+    "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
+    "bf16": (None, bool, (), "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
+    "compile": (None, bool, (), "compile the network, a minute (default: on GPUs from Ampere on)"),
     "device": ("auto", str, (), "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), Path, (), "where the datasets are, or are downloaded to"),
     "out": (None, Path, (), "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
     "fresh": (False, bool, (), "start over, not go on: gives up the run that is in OUT"),
 }
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
-DIGITS |= {"fisher_samples": 4000, "replay_per_class": 200, "sample_steps": 20}  # about 20 of each image
+DIGITS |= {
+    "fisher_samples": 4000,
+    "replay_per_class": 200,
+    "sample_steps": 20,
+}  # 20 a training image: mu from 200 would be noise
 DIGITS |= {"channels": [16, 32], "layers_per_block": 1}
 SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10, "channels": [16, 32, 32, 32]}
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
-# These change no number but by rounding: a stopped run may go on with another value of them.
-FREE_SETTINGS = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
+# A stopped run may go on with another value of these: they change its numbers by rounding alone (and
+# accumulate by the draws of dropout).
+MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
 
 SAMPLE_BATCH = 100  # images painted together
 FISHER_BATCH = 128  # samples of a Fisher computed together
-GRADIENTS = 1024  # of single samples kept at once, for F's eigenvectors
-GRADIENT_FLOATS = 400_000_000  # the most that these may take: 1.6 GB
+GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
+GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB
 CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
 DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
+
+SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # says which runs come from one code
 
 # torchrun starts WORLD processes of this script, on one machine or several, and numbers them.
 ENV = os.environ if dist.is_torchelastic_launched() else {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
@@ -130,8 +143,8 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def share(items: Iterable) -> Iterator:
-    """The items that this process computes: every WORLD-th. Of a single process all."""
+def my_share(items: Iterable) -> Iterator:
+    """The items that this process computes: every WORLD-th; all of them, if it is the only one."""
     return islice(items, RANK, None, WORLD)
 
 
@@ -174,7 +187,7 @@ class Data(NamedTuple):
 
 
 def pick(data: Data, train, test) -> Data:
-    """Those images and labels that `train` and `test` (indices, slices or masks) say."""
+    """The images and labels at the places `train` and `test`, which are indices, slices or masks."""
     return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
@@ -256,9 +269,7 @@ def load_data(name: str, data_dir: Path) -> Data:
     for y in (data.y, data.test_y):
         classes, counts = y.unique(return_counts=True)
         if not classes.equal(every_class) or counts.min() < 2:
-            stop(
-                f"{name} in {data_dir} lacks images of some class, to train or to test: put the whole set there"
-            )
+            stop(f"{name} in {data_dir} lacks training or test images of some class: put the whole set there")
     return pick(data, data.y.argsort(stable=True), data.test_y.argsort(stable=True))
 
 
@@ -273,9 +284,9 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
     classes = int(data.y.max()) + 1
     if classes % tasks:
         stop(f"--tasks {tasks}: {classes} classes cannot be shared out equally, choose a divisor")
-    begins = torch.arange(tasks + 1) * (classes // tasks)  # the first class of each task
-    a, b = (torch.searchsorted(y, begins).tolist() for y in (data.y, data.test_y))
-    return [pick(data, slice(a[k], a[k + 1]), slice(b[k], b[k + 1])) for k in range(tasks)]
+    first = torch.arange(tasks + 1) * (classes // tasks)  # the first class of each task
+    train, test = torch.searchsorted(data.y, first).tolist(), torch.searchsorted(data.test_y, first).tolist()
+    return [pick(data, slice(*train[k : k + 2]), slice(*test[k : k + 2])) for k in range(tasks)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -373,7 +384,7 @@ class UNet(nn.Module):
         def attention(level, c):
             return Attention(c, groups) if level == 2 else nn.Identity()
 
-        def resample(level, c, up):  # where there is attention, a residual block does it
+        def resample(level, c, up):  # at the level with attention it is a residual block
             change = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
             return resnet(c, c, change) if level == 2 else Resample(c, up)
 
@@ -390,8 +401,9 @@ class UNet(nn.Module):
             down = [resample(level, c, up=False)] if level < last else []
             self.down_blocks.append(Stage(resnets, attentions, downsamplers=down))
             skips += [c] * (layers_per_block + len(down))
+        c = channels[-1]
         self.mid_block = Stage([resnet(c, c), resnet(c, c)], [Attention(c, groups)])
-        below = c
+        below = channels[-1]
         for level, c in reversed(list(enumerate(channels))):
             inputs = [i + skips.pop() for i in [below] + [c] * layers_per_block]
             resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
@@ -432,7 +444,7 @@ class UNet(nn.Module):
 
 @cache
 def alphas_cumprod(device: torch.device) -> Tensor:
-    """abar_t, the share of the image's variance left at t; betas linear in 1e-4..0.02. (1000,) float32."""
+    """abar_t = prod_{s <= t} (1 - beta_s), with beta linear from 1e-4 to 0.02. (1000,) float32."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_STEPS), 0).to(device)
 
 
@@ -462,7 +474,7 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
     for t in range((steps - 1) * stride, -1, -stride):
-        eps = predict(x, torch.full_like(y, t), y).float()  # of bfloat16, where that is on
+        eps = predict(x, torch.full_like(y, t), y).float()  # under --bf16 it comes as bfloat16
         x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
         abar_next = abar[t - stride] if t else torch.ones_like(abar[0])
         x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
@@ -472,12 +484,12 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
 def sample_images(cfg: Settings, model: nn.Module, noise: Tensor, y: Tensor, name: str) -> Tensor:
     """DDIM images of the classes y (N,), in eval mode; the i-th starts from noise[i % M], noise (M, C, H, W).
 
-    -> (N, C, H, W) uint8. The processes share the batches out; `name` stands at the progress bar.
+    -> (N, C, H, W) uint8. The processes share the work out; the progress bar shows `name`.
     """
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
-    batches = tqdm(torch.arange(len(y), device=y.device).split(SAMPLE_BATCH), name, leave=False, **BAR)
-    for i in share(batches):
+    parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH)
+    for i in my_share(tqdm(parts, name, leave=False, **BAR)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], cfg.sample_steps))
     return all_sum(images)  # the other processes' images were 0 here
@@ -497,15 +509,15 @@ def unflat(vector: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def dot64(a: Tensor, b: Tensor) -> float:
-    """a^T b summed in float64: at D = 37M, float32 would lose the small differences that EWC is about."""
+    """a^T b summed in float64: over 37 million weights float32 would round small differences away."""
     return float(a.cpu().double() @ b.cpu().double())
 
 
 def fisher_batches(x: Tensor, y: Tensor, n: int, generator, timesteps=EVERY_STEP) -> Iterator[tuple]:
-    """n samples (x0, t, eps, y) in batches: random images, none again before all were taken, random noise."""
-    rounds = math.ceil(n / len(x))
-    chosen = torch.randperm(rounds * len(x), generator=generator, device=x.device)[:n] % len(x)
-    for index in chosen.split(FISHER_BATCH):
+    """n samples (x0, t, eps, y) in batches. Every image is taken once, in random order, before one is again."""
+    rounds = range(math.ceil(n / len(x)))
+    chosen = torch.cat([torch.randperm(len(x), generator=generator, device=x.device) for _ in rounds])
+    for index in chosen[:n].split(FISHER_BATCH):
         x0 = to_float(x[index])
         yield x0, *draw_noise(x0, generator, timesteps), y[index]
 
@@ -518,22 +530,23 @@ def losses_at(model: nn.Module, loss: Callable, batch: Iterable[Tensor], theta: 
 def rank1_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
-    c* is the least-squares coefficient of F on mu mu^T. Time: per batch an ordinary backward pass for mu and
-    a forward-mode derivative for all its mu^T g_i at once. Memory: three vectors (D,) and a batch's
-    activations; no per-sample gradient is ever made.
+    c* is the least-squares coefficient of F on mu mu^T; over the draws that gave mu it would be biased upward,
+    as each g_i is part of mu. Time: per batch an ordinary backward pass for mu and a forward-mode derivative
+    for all its mu^T g_i at once. Memory: three vectors (D,) and a batch's activations; no per-sample gradient
+    is ever made.
     """
     model.eval()
     params = dict(model.named_parameters())
     theta = {name: p.detach() for name, p in params.items()}
     mu = torch.zeros_like(flat(theta.values()))
-    for batch in share(fisher_batches(x, y, n, generator, timesteps)):
+    for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
         mu += flat(torch.autograd.grad(per_sample_loss(model, *batch).sum(), params.values()))
     mu = all_sum(mu) / n
 
     norm = math.sqrt(dot64(mu, mu))
     u = dict(zip(theta, unflat(mu / norm, theta.values())))  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
-    for batch in share(fisher_batches(x, y, n, generator, timesteps)):
+    for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
             _, along_u = jvp(
                 partial(losses_at, model, per_sample_loss, batch), (theta,), (u,)
@@ -542,9 +555,7 @@ def rank1_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> tuple[
     return mu, all_sum(squares) / n / norm**2  # E[(mu^T g)^2] / ||mu||^4, as mu = norm u
 
 
-def gradients(
-    model: nn.Module, batches: Iterable[tuple], loss: Callable = per_sample_loss
-) -> Iterator[Tensor]:
+def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
     """g_i of every sample, in chunks (b, D). loss(predict, *batch) -> (B,), like per_sample_loss.
 
     Making a chunk takes at most 1 GB, or on a GPU a quarter of what is free. Much slower than the backward
@@ -566,7 +577,7 @@ def diagonal_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> Ten
     """F_jj = E[g_j^2] (D,) over n draws, from the gradients of single samples."""
     model.eval()
     total = torch.zeros_like(flat(model.parameters()).detach())
-    for g in gradients(model, share(fisher_batches(x, y, n, generator, timesteps))):
+    for g in gradients(model, my_share(fisher_batches(x, y, n, generator, timesteps))):
         total += g.square().sum(0)
     return all_sum(total) / n
 
@@ -582,7 +593,7 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> tuple[Tensor, Tensor]:
-    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from as many of n gradients as fit."""
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from n gradients or as many as fit: 10 of 37M weights."""
     model.eval()
     n = min(n, GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
     if n < k:
@@ -593,21 +604,21 @@ def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks: after a
-# task add(its Fisher, theta*), during the next penalty(theta) -> a scalar. vars(penalty) is all they keep.
+# Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After a
+# task, add(Fisher, theta*); while the next is learned, penalty(theta) is a scalar that the loss gets on top.
 
 
 class LowRankPenalty:
     """(lam/2) sum_k sum_j c_kj (v_kj^T (theta - theta*_k))^2, over old tasks k and directions j.
 
     With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs.
-    Kept per direction: the vector v (D,), the number c, and offset = v^T (origin - theta*_k); and once the
-    last theta*, the origin. What is added to the offsets is v^T (theta - origin): v^T theta - v^T theta*_k
-    would cancel in float32.
+    Kept are the vectors v and the numbers c, and of all theta*_k only the last, the origin, and the numbers
+    offset = v^T (origin - theta*_k): v^T (theta - theta*_k) = v^T (theta - origin) + offset.
     """
 
     def __init__(self, lam: float):
-        self.lam, self.v, self.c, self.offset, self.origin = lam, None, None, None, None
+        self.lam = lam
+        self.v = self.c = self.offset = self.origin = None  # no task yet
 
     def add(self, fisher: tuple[Tensor, Tensor], theta_star: Tensor) -> None:
         v, c = torch.atleast_2d(fisher[0]), torch.atleast_1d(fisher[1])
@@ -621,7 +632,7 @@ class LowRankPenalty:
         self.origin = theta_star
 
     def drift(self, theta: Tensor) -> Tensor:
-        """v^T (theta - theta*_k) of every direction: how far the weights went where they should not."""
+        """v^T (theta - theta*_k) of every direction: how far the weights went along it. -> (directions,)."""
         return self.v @ (theta - self.origin) + self.offset
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -633,10 +644,10 @@ class LowRankPenalty:
         In the loss, a stiff penalty's gradient enters Adam's second moment and so shrinks the task's steps.
         Here it does not: it is decoupled from Adam, as the weight decay of AdamW (arXiv 1711.05101).
         """
-        strength = eta * self.lam * self.c.cpu().double()  # (K,)
-        system = torch.eye(len(strength)) + (self.v @ self.v.T).cpu().double() * strength
+        stiffness = eta * self.lam * self.c.cpu().double()  # (directions,)
+        system = torch.eye(len(stiffness)) + (self.v @ self.v.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
-        return theta - (strength * drift).to(theta) @ self.v
+        return theta - (stiffness * drift).to(theta) @ self.v
 
 
 class DiagonalPenalty:
@@ -647,13 +658,17 @@ class DiagonalPenalty:
     """
 
     def __init__(self, lam: float):
-        self.lam, self.H, self.center, self.rest = lam, 0.0, 0.0, 0.0
+        self.lam, self.rest = lam, 0.0
+        self.H = self.center = None  # no task yet
 
     def add(self, fisher: Tensor, theta_star: Tensor) -> None:
-        H, step = self.H + fisher, theta_star - self.center
-        share_of_new = torch.where(H > 0, fisher / H, 0.0)  # in the weighted mean of the theta*
-        self.rest += dot64(self.H * share_of_new, step.square())
-        self.H, self.center = H, self.center + share_of_new * step
+        if self.H is None:
+            self.H, self.center = fisher, theta_star
+            return
+        H, moved = self.H + fisher, theta_star - self.center
+        weight = torch.where(H > 0, fisher / H, 0.0)  # of this theta* in the weighted mean of all
+        self.rest += dot64(self.H * weight, moved.square())
+        self.H, self.center = H, self.center + weight * moved
 
     def drift(self, theta: Tensor) -> Tensor:
         """(sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2)^1/2, one number of all old tasks. -> (1,)."""
@@ -698,7 +713,7 @@ METHODS = {
 def replay_pool(cfg: Settings, teacher: UNet, shape: Sequence, num_old: int) -> tuple[Tensor, Tensor]:
     """The teacher's images of the classes 0..num_old-1, equally many of each. -> (N, C, H, W) uint8, (N,).
 
-    The n-th image starts from the same noise for every class, and after every task.
+    As in the authors' code, the n-th image starts from the same noise for every class, and after every task.
     """
     device = next(teacher.parameters()).device
     generator = rng(device, cfg.seed, "replay pool")
@@ -771,7 +786,7 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     """images uint8 -> the penultimate features (N, 64) of a small CNN; prints its test accuracy.
 
     Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
-    digest of these.
+    digest of these images.
     """
     channels, size = data.x.shape[1:3]
     with torch.random.fork_rng(devices=[]):
@@ -850,9 +865,9 @@ class State:
 def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
     """Before the first step: random weights from the seed."""
     torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
-    num_classes = int(data.y.max()) + 1
+    channels, num_classes = data.x.shape[1], int(data.y.max()) + 1
     try:
-        model = UNet(data.x.shape[1], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
+        model = UNet(channels, num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
     except ValueError as error:
         stop(f"--channels: {error}")
     if cfg.compile:
@@ -860,43 +875,43 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
         torch._dynamo.config.recompile_limit = 32  # student and teacher, training and sampling, some sizes
         model.compile()
     penalty = METHODS[cfg.method].penalty
-    state = State(model, penalty=penalty(cfg.lam) if penalty else None)
-    begin_task(cfg, state)
-    return state
+    return State(model, penalty=penalty(cfg.lam) if penalty else None)
 
 
 def begin_task(cfg: Settings, state: State) -> None:
-    """The model, frozen, is the next teacher; a fresh Adam; a fresh average of the weights; no step done."""
+    """The model, frozen, is the teacher; a fresh Adam; the average of the weights begins with them."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
         if cfg.compile:
-            state.teacher.compile()  # as the last teacher was: the same code, other weights
+            state.teacher.compile()  # the code is compiled already, for the last teacher; the weights differ
     state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr)
     state.average = flat(state.model.parameters()).detach() if cfg.ema else None
-    state.epoch = state.step = 0
 
 
 def settings_of(cfg: Settings) -> dict:
     """What the numbers of a run depend on."""
-    return {name: value for name, value in vars(cfg).items() if name not in FREE_SETTINGS}
+    return {name: value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
 
 
-def refuse_other(saved: dict, cfg: Settings, path: Path) -> None:
-    """Stop if `path` is of a run with other settings, and name the first that differs."""
+def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
+    """Stop if `path` is of a run with other settings; say so if it was made before this script was changed."""
     for name, value in settings_of(cfg).items():
-        if name in SETTINGS and saved.get(name) != value:
-            flag = f"--{name.replace('_', '-')} {saved.get(name)}"
+        if name in SETTINGS and settings.get(name) != value:
+            flag = f"--{name.replace('_', '-')} {settings.get(name)}"
             stop(f"{path} was made with {flag}, not {value}: --fresh starts over, --out names another folder")
+    if script != SCRIPT:
+        tqdm.write(f"note: {path} was made by another version of this script (--fresh starts over)")
 
 
 def save_checkpoint(cfg: Settings, state: State) -> None:
-    """The state, in checkpoint.pt, and its log for people, in log.jsonl. Rank 0 alone writes."""
-    parts = vars(state) | {"settings": settings_of(cfg)}
-    parts |= {name: parts[name] and parts[name].state_dict() for name in ("model", "optimizer", "teacher")}
-    parts["penalty"] = state.penalty and vars(state.penalty)
+    """The state goes to checkpoint.pt, and its log, for people, to log.jsonl. Rank 0 alone writes."""
+    saved = vars(state) | {"settings": settings_of(cfg), "script": SCRIPT}
+    for name in ("model", "optimizer", "teacher"):
+        saved[name] = saved[name].state_dict() if saved[name] else None
+    saved["penalty"] = vars(state.penalty) if state.penalty else None
     if RANK == 0:
         with whole(cfg.out / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
-            torch.save(parts, file)
+            torch.save(saved, file)
         with whole(cfg.out / "log.jsonl") as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in state.log))
 
@@ -906,20 +921,24 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
 
     Stops if it is damaged, of other settings, or not the same file for all processes.
     """
-    path = cfg.out / "checkpoint.pt"
+    path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
     if path.exists():
         try:
-            saved = torch.load(path, map_location=next(state.model.parameters()).device, weights_only=True)
-            refuse_other(saved.pop("settings"), cfg, path)
+            saved = torch.load(path, map_location=device, weights_only=True)
+            refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
             state.task = saved["task"]
-            begin_task(cfg, state)  # from the second task on this makes the teacher
+            if saved["epoch"] > 0:
+                begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
             for name in ("model", "optimizer", "teacher"):
                 weights = saved.pop(name)
                 if weights:
                     getattr(state, name).load_state_dict(weights)
-            if state.penalty:
-                vars(state.penalty).update(saved.pop("penalty"))
+            penalty = saved.pop("penalty")
+            if penalty:
+                vars(state.penalty).update(penalty)
             vars(state).update(saved)
+        except torch.OutOfMemoryError:
+            raise
         except DAMAGED as error:
             stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
         tqdm.write(f"going on in task {state.task + 1}/{cfg.tasks} after epoch {state.epoch}, from {cfg.out}")
@@ -939,10 +958,11 @@ def timed(state: State, part: str) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training: the batches, one step, a task, and the run over all tasks. The three losses meet in train_step.
+# Training: an epoch's batches, one step, a task, and the run over all tasks. L_T, L_GD and the penalty meet in
+# train_step.
 
 
-def batches(cfg: Settings, state: State, task: Data, replay: tuple | None, size: int) -> Iterator[tuple]:
+def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) -> Iterator[tuple]:
     """An epoch's batches (x0, t, eps, y): `size` real images each and as many replayed ones, in random order.
 
     task: its images lie on the device; replay: the pool's images and classes, or None. All batches are full:
@@ -970,7 +990,8 @@ def train_step(cfg: Settings, state: State, batch: Sequence[Tensor]) -> Tensor:
     parts, step_losses = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device)
     teacher = state.teacher if METHODS[cfg.method].distill else None
     state.optimizer.zero_grad()
-    for i in range(RANK, parts, WORLD):  # this process's rows of the batch, in --accumulate turns
+    # The rows are dealt out to the processes and their --accumulate turns: each part is half real, half replayed.
+    for i in range(RANK, parts, WORLD):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # for tensor cores
             denoise, distill = losses(state.model, teacher, *(v[i::parts].contiguous() for v in batch))
         loss = denoise + distill  # L_T + L_GD
@@ -988,7 +1009,7 @@ def train_step(cfg: Settings, state: State, batch: Sequence[Tensor]) -> Tensor:
 
 
 def sum_over_processes(model: nn.Module, step_losses: Tensor) -> None:
-    """Of each process's rows the losses and the gradients become those of the whole batch."""
+    """Sum the losses and the gradients, which each process has of its own rows, to those of the whole batch."""
     if WORLD > 1:
         all_sum(step_losses)
         gradient = all_sum(flat(p.grad for p in model.parameters()))
@@ -1010,24 +1031,23 @@ def after_step(cfg: Settings, state: State) -> None:
 def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) -> None:
     """The epochs of a task, from where the state stands. With --ema it ends with the averaged weights."""
     n, parts, saved = len(task.y), WORLD * cfg.accumulate, time.monotonic()
-    if cfg.batch_size % parts or n < parts:
-        stop(
-            f"{parts} processes x --accumulate cannot share --batch-size {cfg.batch_size}, or {n} images, equally"
-        )
+    if n < parts:
+        stop(f"a task has {n} images, too few for {WORLD} processes and --accumulate {cfg.accumulate}")
     size = min(cfg.batch_size, n // parts * parts)
     steps, name = cfg.epochs * (n // size), f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
     with tqdm(initial=state.step, total=steps, desc=name, unit="step", **BAR) as bar:
         while state.epoch < cfg.epochs:
             state.model.train()
             epoch_losses = []
-            for batch in batches(cfg, state, task, replay, size):
-                if cfg.lr_decay == "linear":
-                    state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
-                epoch_losses.append(train_step(cfg, state, batch))
-                state.step += 1
-                bar.update()
+            with timed(state, "train"):
+                for batch in epoch_batches(cfg, state, task, replay, size):
+                    if cfg.lr_decay == "linear":
+                        state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
+                    epoch_losses.append(train_step(cfg, state, batch))
+                    state.step += 1
+                    bar.update()
             state.epoch += 1
-            log_epoch(cfg, state, torch.stack(epoch_losses).cpu(), bar)
+            log_epoch(cfg, state, torch.stack(epoch_losses), bar)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(cfg, state)
                 saved = time.monotonic()
@@ -1037,11 +1057,9 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
 
 def log_epoch(cfg: Settings, state: State, epoch_losses: Tensor, bar: tqdm) -> None:
     """The means of an epoch's losses (steps, 3) go to the log and the bar. Stops if one is not finite."""
-    finite = epoch_losses.isfinite().all(1)
-    if not finite.all():
+    if not epoch_losses.isfinite().all():
         bar.close()
-        bad = state.step - len(finite) + 1 + int(finite.logical_not().nonzero()[0])
-        where = f"the loss of task {state.task + 1} is no longer finite at its step {bad}"
+        where = f"the loss of task {state.task + 1} is no longer finite in epoch {state.epoch}"
         stop(f"{where}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
     means = dict(zip(("denoise", "distill", "ewc"), epoch_losses.mean(0).tolist()))
     state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | means)
@@ -1049,23 +1067,22 @@ def log_epoch(cfg: Settings, state: State, epoch_losses: Tensor, bar: tqdm) -> N
 
 
 def learn_penalty(cfg: Settings, state: State, task: Data) -> None:
-    """After a task: its Fisher and theta* go to the penalty, and what to watch of them into the state."""
+    """After a task, its Fisher and theta* go to the penalty; c*, ||mu|| and the drift go to the state."""
     method, theta = METHODS[cfg.method], flat(state.model.parameters()).detach()
     if state.task > 0:
         state.drift.append(state.penalty.drift(theta).tolist())
-    if state.task + 1 == cfg.tasks:  # nobody needs the last one
+    if state.task + 1 == cfg.tasks:  # after the last task no penalty is needed
         return
     generator = rng(task.x.device, cfg.seed, "fisher", state.task)
-    with torch.compiler.set_stance("force_eager"):  # torch.func needs the code itself
-        fisher = method.fisher(
-            state.model, task.x, task.y, cfg.fisher_samples, generator, cfg.fisher_timesteps
-        )
+    with torch.compiler.set_stance("force_eager"):  # torch.func cannot derive compiled code
+        n, timesteps = cfg.fisher_samples, cfg.fisher_timesteps
+        fisher = method.fisher(state.model, task.x, task.y, n, generator, timesteps)
     state.penalty.add(fisher, theta)
     if method.penalty is DiagonalPenalty:
         state.fisher.append({"trace": float(fisher.sum())})
         return
     mu, c_star = torch.atleast_2d(fisher[0])[0], torch.atleast_1d(fisher[1])[0]  # or v_1 and lambda_1
-    norm, energy = float(mu.norm()), float(c_star * mu.norm() ** 2)  # energy: F along mu
+    norm, energy = float(mu.norm()), float(c_star * mu.norm() ** 2)  # energy = mu^T F mu / ||mu||^2
     state.fisher.append({"c_star": float(c_star), "mu_norm": norm, "energy": energy})
 
 
@@ -1074,16 +1091,16 @@ def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, feature
 
     A task's samples start from the same noise at every evaluation: only the model changes its FID.
     """
-    painted = []
+    sampled = []
     for k, task in enumerate(tasks):
         generator = rng(device, cfg.seed, "FID", k)
         noise = torch.randn(task.test_x.shape, generator=generator, device=device)
         images = sample_images(cfg, state.model, noise, task.test_y.to(device), f"samples of task {k + 1}")
-        painted.append(features(images))
-    row = [frechet_distance(a, b) for a, b in zip(real, painted)]
+        sampled.append(features(images))
+    row = [frechet_distance(a, b) for a, b in zip(real, sampled)]
     state.fid.append(row + [None] * (cfg.tasks - len(tasks)))
     if METHODS[cfg.method].joint:
-        state.fid_pooled = frechet_distance(np.concatenate(real), np.concatenate(painted))
+        state.fid_pooled = frechet_distance(np.concatenate(real), np.concatenate(sampled))
     tqdm.write(f"after task {len(tasks)}, FID ({cfg.fid_features}): {'  '.join(f'{v:.1f}' for v in row)}")
 
 
@@ -1094,26 +1111,27 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
     checkpoint in cfg.out if there is one: on a CPU to the same numbers as if it had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
-    lessons = [data] if method.joint else tasks  # what is learned, one after the other
+    stages = [data] if method.joint else tasks  # what is learned, one after the other
     classes = (int(data.y.max()) + 1) // cfg.tasks  # of a task
     state = new_state(cfg, data, device)
     load_checkpoint(cfg, state)
     real = [features(task.test_x) for task in tasks]
-    generator = rng(torch.device("cpu"), cfg.seed, "real")
-    others = [task.x[torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]] for task in tasks]
-    state.fid_real = [
-        frechet_distance(a, features(images)) for a, images in zip(real, others)
-    ]  # a perfect model's
+    if not state.fid_real:  # what a perfect model would score: training images, at random, in samples' place
+        generator = rng(torch.device("cpu"), cfg.seed, "real")
+        for task, test_features in zip(tasks, real):
+            chosen = torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]
+            state.fid_real.append(frechet_distance(test_features, features(task.x[chosen])))
 
-    while state.task < len(lessons):
+    while state.task < len(stages):
+        if state.epoch == 0:
+            begin_task(cfg, state)
         k, replay = state.task, None
-        task = lessons[k]._replace(x=lessons[k].x.to(device), y=lessons[k].y.to(device))
+        task = stages[k]._replace(x=stages[k].x.to(device), y=stages[k].y.to(device))
         seen = tasks if method.joint else tasks[: k + 1]
         if method.replay and k > 0:
             with timed(state, "replay"):  # the teacher's paintings of all old classes
                 replay = replay_pool(cfg, state.teacher, task.x.shape[1:], k * classes)
-        with timed(state, "train"):
-            train_task(cfg, state, task, replay)
+        train_task(cfg, state, task, replay)
         if method.penalty:
             with timed(state, "fisher"):
                 learn_penalty(cfg, state, task)
@@ -1122,8 +1140,8 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
         save_samples(cfg, state.model, task.x.shape[1:], len(seen), classes, device)
         plot_fid(cfg, state)
 
-        state.task += 1
-        begin_task(cfg, state)
+        state.task, state.epoch, state.step = k + 1, 0, 0
+        state.optimizer = state.teacher = state.average = None  # the next task begins with new ones
         save_checkpoint(cfg, state)
     return save_result(cfg, state)
 
@@ -1139,7 +1157,7 @@ def save_result(cfg: Settings, state: State) -> dict:
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
     result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
     result |= {"afid": afid, "forgetting": forgetting, "config": settings_of(cfg)}
-    result["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    result["script"] = SCRIPT
     result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     result |= {"processes": WORLD, "compiled": cfg.compile}
     result["seconds"] = {part: round(seconds, 1) for part, seconds in state.seconds.items()}
@@ -1162,7 +1180,7 @@ def read_result(path: Path) -> dict:
     """A run's result.json. Stops if it is not one."""
     try:
         result = json.loads(path.read_text())
-        table(result)  # fails if anything of this is missing
+        result["config"], table(result)  # fails if anything of this is missing
     except DAMAGED as error:
         stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
     return result
@@ -1178,8 +1196,8 @@ def table(result: dict) -> str:
     rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
     energies = [fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
     if energies:
-        numbers = "".join(f"{result['lam'] * energy:9.3g}" for energy in energies)
-        rows += ["", f"curvature   {numbers}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
+        cells = "".join(f"{result['lam'] * energy:9.3g}" for energy in energies)
+        rows += ["", f"curvature   {cells}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
     title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
     final = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
@@ -1236,9 +1254,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(
-                flag, type=kind, choices=limits if kind is str and limits else None, help=text
-            )
+            choices = limits if kind is str and limits else None
+            parser.add_argument(flag, type=kind, choices=choices, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
         kind, limits = SETTINGS[name][1:3]
@@ -1248,22 +1265,23 @@ def parse_args(argv: list[str] | None = None) -> Settings:
             stop(f"argument {flag}: must be at least {limits[0]:g} and at most {limits[1]:g}, not {value}")
     settings = {name: row[0] for name, row in SETTINGS.items()}
     settings |= DATASETS[given.get("dataset", settings["dataset"])]
-    small = "small" in given and settings["channels"] != DIGITS["channels"]  # the digits are small
+    small = given.get("small") and settings["channels"] != DIGITS["channels"]  # the digits are small
     settings |= SMALL if small else {}
     if "limit" in given:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
-        settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])
+        settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # two classes a task
     cfg = Settings(**settings | given)
     if cfg.method not in METHODS:
         stop(f"--method {cfg.method} is not known: choose from {', '.join(METHODS)}")
     penalty = METHODS[cfg.method].penalty
     cfg.lam = cfg.lam if penalty else 0.0
+    if cfg.batch_size % (WORLD * cfg.accumulate):
+        parts = f"{WORLD} processes x --accumulate {cfg.accumulate}"
+        stop(f"--batch-size {cfg.batch_size} must be a multiple of {parts}")
     if cfg.form == "proximal" and penalty is not LowRankPenalty:
         stop("--form proximal is for the rank methods: leave it out")
     if len(cfg.fisher_timesteps) != 2 or cfg.fisher_timesteps[0] >= cfg.fisher_timesteps[1]:
-        stop(
-            f"--fisher-timesteps {cfg.fisher_timesteps} must be a timestep and a later end, as 0,{NUM_STEPS}"
-        )
+        stop(f"--fisher-timesteps must be a timestep and a later end, as 0,{NUM_STEPS}")
     runs = "runs-small" if small else "runs"
     cfg.out = cfg.out or Path(runs, cfg.dataset, f"{cfg.method}+seed={cfg.seed}")
     return cfg
@@ -1273,16 +1291,18 @@ def set_up(cfg: Settings) -> torch.device:
     """Start the processes and find the device, each process its own; settle what depends on it."""
     if WORLD > 1:
         dist.init_process_group(timeout=timedelta(days=1))  # gloo on CPUs, NCCL on GPUs
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # rank 0 speaks for all
+        sys.stdout = sys.stdout if RANK == 0 else io.StringIO()  # rank 0 speaks for all
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+        if device.type not in ("cpu", "cuda", "mps") or (WORLD > 1 and name[-1].isdigit()):
+            raise RuntimeError  # of several processes each takes its own device
         torch.zeros(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         stop(
-            f"--device {cfg.device} does not exist for process {RANK}: choose auto, cpu, cuda, cuda:1, .. or mps"
+            f"--device {cfg.device} does not exist for process {RANK}: choose auto, cpu, cuda, cuda:1 or mps"
         )
     cfg.device = device.type
     made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
@@ -1304,10 +1324,8 @@ def prepare(cfg: Settings, device: torch.device) -> tuple[Data, Callable[[Tensor
     if cfg.fid == "inception":
         features, cfg.fid_features = inception_features(device), "inception, legacy_tensorflow"
     else:
-        features, cfg.fid_features = (
-            classifier_features(cfg.dataset, data, device),
-            f"{cfg.dataset}-classifier",
-        )
+        features = classifier_features(cfg.dataset, data, device)
+        cfg.fid_features = f"{cfg.dataset}-classifier"
     if cfg.limit:
         data = limit_classes(data, cfg.limit)
         cfg.fid_features += f", limit {cfg.limit}"
@@ -1322,12 +1340,13 @@ def main(argv: list[str] | None = None) -> dict:
         device = set_up(cfg)
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
-            refuse_other(result["config"], cfg, finished)
+            refuse_other(result["config"], result.get("script"), cfg, finished)
             print(table(result), f"{finished} is of a finished run (--fresh starts it over)", sep="\n")
             return result
         cfg.out.mkdir(parents=True, exist_ok=True)
-        for first in (True, False):  # the first process of each machine downloads what is missing
-            if first == (LOCAL_RANK == 0):
+        turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+        for i in range(3):  # one process downloads what is missing, then one of each other machine, then all
+            if i == turn:
                 data, features = prepare(cfg, device)
             all_sum(torch.zeros(1))  # all wait here
         if cfg.fresh and RANK == 0:
@@ -1338,15 +1357,15 @@ def main(argv: list[str] | None = None) -> dict:
         result = run(cfg, data, features, device)
     except KeyboardInterrupt:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-        command = shlex.join([sys.executable, sys.argv[0], *again])
-        print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
+        command = shlex.join(["torchrun", ".."] if WORLD > 1 else [sys.executable]) + " "
+        command += shlex.join([sys.argv[0], *again])
+        if RANK == 0:
+            print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror or error})")
     except torch.OutOfMemoryError:
-        stop(
-            f"{cfg.device} has too little memory: raise --accumulate (now {cfg.accumulate}) or lower --channels"
-        )
+        stop(f"{cfg.device} has too little memory: raise --accumulate ({cfg.accumulate}) or lower --channels")
     print(table(result))
     pictures = "samples-task*.png, checkpoint.pt (which may now be removed)"
     print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {pictures}")

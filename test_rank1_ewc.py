@@ -24,6 +24,7 @@ import torch
 import torchvision
 
 import rank1_ewc as r
+from results import geometry
 
 SCRIPT = Path(r.__file__)
 CPU = torch.device("cpu")
@@ -840,7 +841,11 @@ def test_limit_caps_every_cost_and_flags_still_win():
 
 def test_small_is_a_row_of_settings_that_flags_still_change_in_a_folder_of_its_own():
     cfg = r.parse_args(["--dataset", "fashion", "--small", "--epochs", "3"])
-    assert (cfg.channels, cfg.epochs, str(cfg.out)) == ([16, 32, 32, 32], 3, "runs-small/fashion/rank1+seed=0")
+    assert (cfg.channels, cfg.epochs, str(cfg.out)) == (
+        [16, 32, 32, 32],
+        3,
+        "runs-small/fashion/rank1+seed=0",
+    )
     cfg = r.parse_args(["--dataset", "fashion"])
     assert (cfg.epochs, cfg.lam, cfg.lr, cfg.lr_decay, cfg.dropout) == (200, 15000, 2e-4, "none", 0)
     assert (cfg.batch_size, cfg.replay_per_class, cfg.sample_steps, cfg.tasks) == (128, 5000, 50, 5)
@@ -1062,7 +1067,7 @@ def test_a_broken_checkpoint_or_result_is_refused_by_its_name_and_kept(
 @pytest.mark.slow
 def test_a_checkpoint_is_exactly_the_state_and_the_settings_read_without_pickles(uninterrupted):
     saved = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
-    assert set(saved) == {*r.State.__dataclass_fields__, "settings"}
+    assert set(saved) == {*r.State.__dataclass_fields__, "settings", "script"}
     assert (saved["task"], saved["epoch"]) == (5, 0)
     assert saved["penalty"]["v"].shape[0] == 4
 
@@ -1143,9 +1148,10 @@ def test_one_process_goes_on_where_two_were_stopped(tmp_path, by_one_process):
 
 def test_each_process_paints_its_share_of_the_samples(monkeypatch):
     model, y, noise = small_unet(), torch.arange(10).repeat_interleave(25), torch.randn(25, 1, 8, 8)
+    cfg = settings()
 
     def paint():
-        return r.sample_images(settings(), model, noise, y, "")  # 250: two batches of 100, one of 50
+        return r.sample_images(cfg, model, noise, y, "")  # 250: two batches of 100, one of 50
 
     whole = paint()
     monkeypatch.setattr(r, "WORLD", 3)
@@ -1160,11 +1166,12 @@ def test_each_process_paints_its_share_of_the_samples(monkeypatch):
 
 def test_processes_that_do_not_see_the_same_files_are_stopped(capsys, monkeypatch, tmp_path):
     data = r.load_data("digits", tmp_path)
-    state = r.new_state(settings(), data, CPU)
+    cfg = settings(out=tmp_path)
+    state = r.new_state(cfg, data, CPU)
     monkeypatch.setattr(r, "WORLD", 2)
     monkeypatch.setattr(r, "all_sum", lambda v: v + 1)  # the other process stands one task further
     with pytest.raises(SystemExit):
-        r.load_checkpoint(settings(out=tmp_path), state)
+        r.load_checkpoint(cfg, state)
     assert "same files" in capsys.readouterr().err
 
 
@@ -1210,6 +1217,112 @@ def test_bf16_trains_and_samples_in_bfloat16_and_keeps_weights_and_fisher_in_flo
     assert {v.dtype for v in weights.values()} == {torch.float32}
 
 
+# ---- results/geometry.py: what a trained model says
+
+
+def test_linear_alone_is_not_enough_for_rank_1():
+    # With every entry of A free, the gradients (A x_t - eps) x_t^T share no direction.
+    numbers, _, _ = geometry.geometry(AnyMatrix(), r.fisher_batches(*small_images(size=4), 60, generator(3)))
+    assert numbers["eigenvalues"][1] > 0.2 * numbers["eigenvalues"][0]
+
+
+def test_the_geometry_from_the_gram_matrix_is_that_of_the_whole_matrix():
+    model, batches = AnyMatrix(), list(r.fisher_batches(*small_images(size=4), 12, generator(3)))
+    numbers, mu, all_cos = geometry.geometry(model, batches)
+    g = gradients_one_by_one(model, batches)  # (12, 256)
+    F, mean = g.T @ g / 12, g.mean(0)
+    values, vectors = torch.linalg.eigh(F)
+    top, outer = vectors[:, -1], torch.outer(mean, mean)
+    c_star = mean @ F @ mean / mean.norm() ** 4
+    approximations = {
+        "diagonal": F.diag().diag(),
+        "mu mu^T": outer,
+        "c* mu mu^T": c_star * outer,
+        "best of rank 1": values[-1] * torch.outer(top, top),
+    }
+    exact = {
+        "c_star": c_star,
+        "mu_norm": mean.norm(),
+        "mu_noise": (F.trace() / 12).sqrt(),
+        "energy": c_star * mean.norm() ** 2,
+        "trace": F.trace(),
+        "top_share": values[-1] / F.trace(),
+        "cos_mu_top": (top @ mean).abs() / mean.norm(),
+        "cos_top": ((g @ top).abs() / g.norm(dim=1)).mean(),
+    }
+    for name, value in exact.items():
+        assert numbers[name] == pytest.approx(float(value), rel=1e-3), name
+    errors = {name: float((F - other).norm() / F.norm()) for name, other in approximations.items()}
+    assert numbers["error"] == pytest.approx(errors, rel=1e-3)
+    assert numbers["eigenvalues"] == pytest.approx(values.flip(0)[:5].tolist(), rel=1e-3)
+    torch.testing.assert_close(mu.double(), mean, atol=1e-6, rtol=1e-4)
+    cos = (g @ mean).abs() / g.norm(dim=1) / mean.norm()
+    assert all_cos.tolist() == pytest.approx(cos.tolist(), abs=1e-3)
+
+
+def test_figure_1_of_the_best_denoiser_lies_between_the_two_limits_of_proposition_1():
+    grey = torch.tensor([[40, 120], [150, 230]], dtype=torch.uint8)  # two classes, of two images each
+    y = torch.arange(2).repeat_interleave(20)
+    x = grey[:, torch.arange(20) % 2].flatten()[:, None, None, None].expand(-1, 1, 4, 4)
+
+    class Best(torch.nn.Module):  # E[x_0 | x_t, y], the mean of the class's images by their likelihood
+        def forward(self, x_t, t, y):
+            abar = r.alphas_cumprod(CPU)[t][:, None]
+            known, x = r.to_float(grey[y]), x_t.flatten(1)  # (B, 2), (B, 16)
+            distance = (x[:, None] - abar[..., None].sqrt() * known[..., None]).square().sum(2)
+            x0 = ((-distance / (2 * (1 - abar))).softmax(1) * known).sum(1, keepdim=True)
+            return ((x - abar.sqrt() * x0) / (1 - abar).sqrt()).view_as(x_t)
+
+    numbers, _ = geometry.figure_1(Best(), r.Data(x, y, x, y))
+    abar, known = r.alphas_cumprod(CPU)[numbers["t"]], r.to_float(grey)
+    assert numbers["low noise"] == pytest.approx((abar * known.square().mean()).tolist(), rel=1e-4)
+    assert numbers["high noise"] == pytest.approx((abar * known.mean(1).square().mean()).tolist(), rel=1e-4)
+    assert numbers["mse"][0] == pytest.approx(numbers["low noise"][0], rel=0.02)  # 1,024 draws of 40 images
+    assert numbers["mse"][-3:] == pytest.approx(numbers["high noise"][-3:], rel=0.02)
+
+
+def test_every_timestep_is_looked_at_with_the_same_images_and_the_same_noise():
+    data = r.Data(*small_images(40), *small_images(40))
+    x0, _, eps, y = map(torch.cat, zip(*geometry.samples(data, 300)))
+    for t in (0, 500, 999):
+        same_x0, times, same_eps, same_y = map(torch.cat, zip(*geometry.samples(data, 300, (t, t + 1))))
+        assert x0.equal(same_x0)
+        assert eps.equal(same_eps)
+        assert y.equal(same_y)
+        assert times.unique().tolist() == [t]
+
+
+def test_a_vaes_loss_is_squared_error_and_weighted_divergence_from_a_normal_distribution():
+    torch.manual_seed(0)
+    vae, x0 = geometry.VAE(16), torch.randn(5, 1, 4, 4, generator=generator())
+    eps = torch.randn(5, 1, 4, 4, generator=generator(1))
+    image, mean, log_var = vae(x0.flatten(1), eps.flatten(1)[:, :8])
+    posterior = torch.distributions.Normal(mean, (log_var / 2).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    expected = (image - x0.flatten(1)).square().mean(1) + 0.3 * kl
+    torch.testing.assert_close(geometry.vae_loss(vae, x0, None, eps, None, kl_weight=0.3), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["1", "2", "3", "vae"])
+def test_a_figure_of_a_finished_run_is_its_numbers_and_a_picture(
+    tmp_path, uninterrupted, monkeypatch, figure
+):
+    monkeypatch.setattr(r, "GRADIENTS", 20)
+    monkeypatch.setattr(geometry, "TIMES", [100, 700])
+    monkeypatch.setattr(geometry, "VAE_STEPS", [0, 5])
+    before = contents(uninterrupted)
+    geometry.main([figure, str(uninterrupted), "--to", str(tmp_path / "new/figure")])
+    numbers = json.loads((tmp_path / "new/figure.json").read_text())
+    assert (numbers["samples"], numbers["config"]["method"], numbers["config"]["channels"]) == (
+        20,
+        "rank1",
+        [8],
+    )
+    assert torchvision.io.decode_image(str(tmp_path / "new/figure.png")).float().std() > 1
+    assert contents(uninterrupted) == before
+
+
 # ---- bad input: one line on stderr that says what to do, status 2, before any training
 
 
@@ -1237,7 +1350,7 @@ def refusal(capsys, *argv):
         ("--epochs 0", "--epochs 1 0"),
         ("--epochs 1.5", "--epochs int 1.5"),
         ("--epochs 1000000000000", "--epochs 1e+07"),
-        ("--limit 0", "--limit 1 0"),
+        ("--limit 1", "--limit 2 1"),
         ("--lr 0", "--lr 1e-12"),
         ("--dropout 1", "--dropout 0.99"),
         ("--sample-steps 1001", "--sample-steps 1000"),
@@ -1335,9 +1448,9 @@ def test_a_damaged_classifier_file_is_refused_by_its_name(capsys, tmp_path, monk
     assert str(path) in refusal(capsys, *QUICK, "--out", tmp_path / "out")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_task_step_and_settings(capsys, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_with_task_epoch_and_settings(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run_main(tmp_path, "--lr", "1e12")
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
-    assert all(words in error for words in ("task 1", "step 2", "--lr", "1e+12", "--lam"))
+    assert all(words in error for words in ("task 1", "epoch 1", "--lr", "1e+12", "--lam"))

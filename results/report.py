@@ -12,7 +12,8 @@ import argparse
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations, cycle
 from pathlib import Path
 
 import numpy as np
@@ -44,28 +45,25 @@ CURVES = {  # the paper's Figure 4: AFID after tasks 1 to 5, and its standard er
 MEASURES = ("AFID", "forgetting", "FID of a task just learned")
 OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps", "fisher_from", "curvature"}  # gd has none
 METHODS, DATASETS = list(r.METHODS), list(r.DATASETS)
-Rows = dict  # a row's name, or what else tells it from others -> its runs, one a seed
+COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan", "crimson"]
+LEGEND = "Mean ± standard error over the seeds; curvature: mean lambda c* ||mu||^2; *: the authors' files."
+PAIRED = ("dataset", "method", "against", "measure", "seeds", "mean", "low", "high")  # columns
+Rows = dict  # what tells a row from others -> its runs, one a seed
+
 
 # ----------------------------------------------------------------------------------------------------------
 # A run is what its result.json holds, and with it "folder", "settings", "measures" and "curvature".
 
 
-def text_of(value) -> str:
-    """A setting as the command line has it: [16, 32] -> "16,32", 10.0 -> "10"."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+def plain(value):
+    """A setting as one would type it: [16, 32] -> "16,32", 10.0 -> 10, True -> "True"."""
+    if isinstance(value, list | bool):
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-PAPER = {name: row[0] for name, row in r.SETTINGS.items() if name not in r.FREE_SETTINGS} | {"bf16": False}
-
-
-def settings_of(run: dict) -> dict[str, str]:
-    """The settings that a run's numbers depend on, the paper's where result.json names none."""
-    named = {name: value for name, value in run["config"].items() if value is not None}
-    settings = PAPER | named | {name: run[name] for name in ("dataset", "method", "lam", "seed", "fid_features")}
-    unused = set() if r.METHODS[run["method"]].penalty else OF_PENALTY
-    return {name: text_of(value) for name, value in settings.items() if name not in unused}
+PAPER = r.settings_of(r.Settings(**{name: plain(row[0]) for name, row in r.SETTINGS.items()}))
+PAPER["bf16"] = "False"  # where result.json does not say
 
 
 def read_run(folder: Path) -> dict:
@@ -75,62 +73,60 @@ def read_run(folder: Path) -> dict:
         r.stop(f"{folder} holds no finished run (result.json): train it first, or leave it out")
     run = r.read_result(path)
     try:
-        joint, tasks, fid = r.METHODS[run["method"]].joint, len(run["fid_real"]), np.array(run["fid"], float)
-        learned = None if joint else float(np.diag(fid).mean())
+        method, tasks, fid = r.METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
+        learned = None if method.joint else float(np.diag(fid).mean())
         measures = dict(zip(MEASURES, (run["afid"][-1], run["forgetting"], learned)))
         measures["pooled FID"] = run.get("fid_pooled")
         curvature = [run["lam"] * fisher["energy"] for fisher in run["fisher"] if "energy" in fisher]
-        numbers = [v for v in (run["seed"], *run["afid"], *measures.values(), *curvature) if v is not None]
-        complete = fid.shape == (1 if joint else tasks, tasks) and len(fid) == len(run["afid"])
-        if not (complete and run["dataset"] in DATASETS and np.isfinite(numbers).all()):
+        numbers = [v for v in (*run["afid"], *measures.values(), *curvature) if v is not None]
+        shape = (1 if method.joint else tasks, tasks)
+        complete = np.isfinite(numbers).all() and fid.shape == shape and len(fid) == len(run["afid"])
+        named = isinstance(run["seed"], int) and isinstance(run["fid_features"], str)
+        if not (complete and named and run["dataset"] in DATASETS):
             raise ValueError("its dataset is not known, or its numbers are not all there")
-        added = {"folder": folder, "settings": settings_of(run), "measures": measures, "curvature": curvature}
-        return run | added
+        settings = PAPER | {name: plain(value) for name, value in run["config"].items() if value is not None}
+        settings |= {name: plain(run[name]) for name in ("dataset", "method", "lam", "seed", "fid_features")}
+        hash((run.get("script"), *settings.values()))  # fails if one is not plain
     except r.DAMAGED as error:
         r.stop(f"{path} is damaged or lacks parts ({type(error).__name__}: {error}): leave it out")
+    unused = set() if method.penalty else OF_PENALTY
+    unused = unused if method.replay else unused | {"replay_per_class"}
+    settings = {name: value for name, value in settings.items() if name not in unused} | {"tasks": tasks}
+    return run | {"folder": folder, "settings": settings, "measures": measures, "curvature": curvature}
 
 
-def flags(run: dict, names: Iterable[str]) -> str:
-    """Those settings of a run among `names` that are not the paper's, as the command line has them."""
-    paper = {name: text_of(value) for name, value in PAPER.items()}
-    settings = {name: run["settings"].get(name, paper.get(name)) for name in names}
-    return "".join(f" --{n.replace('_', '-')} {v}" for n, v in settings.items() if v != paper.get(n))
+def row_name(run: dict, names: Sequence[str] = ("ema", "form")) -> str:
+    """A run's method, and those settings among `names` that are not its dataset's usual: "gd --ema 0.99"."""
+    usual = PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
+    settings = {name: run["settings"].get(name, usual.get(name)) for name in names}
+    flags = [f"--{n.replace('_', '-')} {v}" for n, v in settings.items() if v != usual.get(n)]
+    return " ".join([run["method"], *flags])
 
 
-def row_name(run: dict) -> str:
-    """The name of a run's row in Table 1: its method, and --ema and --form where they are not the paper's."""
-    return run["method"] + flags(run, ("ema", "form"))
-
-
-def group_rows(runs: Iterable[dict], row_of: Callable) -> Rows:
-    """The runs of each row, row_of(run), method after method. Stops if two have the same seed."""
+def group_rows(runs: Sequence[dict], row_of: Callable) -> Rows:
+    """The runs of each row, row_of(run), method after method. Stops if two of a row have the same seed."""
     rows = {}
     for run in sorted(runs, key=lambda run: (METHODS.index(run["method"]), row_name(run), run["seed"])):
         row = rows.setdefault(row_of(run), [])
         if row and row[-1]["seed"] == run["seed"]:
-            r.stop(f"{row[-1]['folder']} and {run['folder']} are the same row and seed: name only one of them")
+            r.stop(f"{row[-1]['folder']} and {run['folder']} are the same row and seed: leave one out")
         row.append(run)
     return rows
 
 
-def mean_and_error(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the first axis, the seeds; NaN where one is None; of one seed no error."""
-    v = np.asarray(values, dtype=float)
-    error = v.std(0, ddof=1) / math.sqrt(len(v)) if len(v) > 1 else np.full_like(v[0], np.nan)
-    return v.mean(0), error
+def mean_and_error(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The mean over the seeds and its standard error. None: no mean if a value is None, of one no error."""
+    if None in values or not values:
+        return None, None
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
 
 
-def number(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else float(value)
-
-
-def means(runs: Sequence[dict]) -> dict[str, float | None]:
-    """The mean and the standard error of each measure over the runs of a row; None for what there is not."""
+def means(runs: Sequence[dict], names: Sequence[str] = MEASURES) -> dict[str, float | None]:
+    """The means and standard errors of these measures over the runs of a row."""
     row = {}
-    for name in (*MEASURES, "pooled FID"):
-        mean, error = mean_and_error([run["measures"][name] for run in runs] or [None])
-        row |= {name: number(mean), f"{name} s.e.": number(error)}
+    for name in names:
+        row[name], row[f"{name} s.e."] = mean_and_error([run["measures"][name] for run in runs])
     return row
 
 
@@ -139,7 +135,7 @@ def is_baseline(gd: dict, run: dict) -> bool:
 
     Of a run of GD with --ema it is the one without.
     """
-    wanted = run["settings"] | ({"ema": "0"} if run["method"] == "gd" else {})
+    wanted = run["settings"] | ({"ema": 0} if run["method"] == "gd" else {})
     shared = (wanted.keys() & gd["settings"].keys()) - {"method"}
     return gd["method"] == "gd" and gd is not run and all(gd["settings"][n] == wanted[n] for n in shared)
 
@@ -147,120 +143,113 @@ def is_baseline(gd: dict, run: dict) -> bool:
 def paired(runs: Sequence[dict], against: Sequence[dict]) -> list[dict]:
     """The mean difference of each measure between the runs of a row and GD, seed by seed: a line a measure.
 
-    Each run is paired with its baseline among `against`, if there is one. low and high are the 95% interval
+    Each run is paired with its baseline among `against`, if there is just one. low and high are the 95% interval
     of the mean, by Student's t with a degree of freedom less than there are pairs; None for a single pair.
     """
-    pairs, lines = [(run, gd) for run in runs for gd in against if is_baseline(gd, run)], []
+    pairs, lines = [], []
+    for run in runs:
+        baselines = [gd for gd in against if is_baseline(gd, run)]
+        if len(baselines) == 1:
+            pairs.append((run, baselines[0]))
     for measure in MEASURES:
         values = [(run["measures"][measure], gd["measures"][measure]) for run, gd in pairs]
-        differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
+        differences = [value - base for value, base in values if None not in (value, base)]
         if differences:
             mean, error = mean_and_error(differences)
-            half = student_t.ppf(0.975, len(differences) - 1) * error
             line = {"against": row_name(pairs[0][1]), "measure": measure, "seeds": len(differences)}
-            lines.append(line | {"mean": float(mean), "low": number(mean - half), "high": number(mean + half)})
+            line |= {"mean": mean, "low": None, "high": None}
+            if error is not None:
+                half = float(student_t.ppf(0.975, len(differences) - 1)) * error
+                line |= {"low": mean - half, "high": mean + half}
+            lines.append(line)
     return lines
 
 
-def cells(row: dict) -> dict[str, str]:
-    """A row as text: a mean with its standard error behind it, "-" for what there is not."""
-    texts = {}
-    for name, value in row.items():
-        texts[name] = "-" if value is None else str(value)
-        if isinstance(value, float):
-            digits, error = ".2f" if abs(value) < 3 else ".1f", row.get(f"{name} s.e.")
-            texts[name] = f"{value:{digits}}" + (f" ± {error:{digits}}" if error else "")
-    return {name: text for name, text in texts.items() if not name.endswith("s.e.")}
-
-
 def markdown(rows: list[dict]) -> str:
-    """A table, its columns as wide as their widest cell; nothing of no rows."""
-    lines = [list(cells(row).values()) for row in rows]
-    lines = [list(cells(row)) for row in rows[:1]] + lines
+    """A table, its columns as wide as their widest cell: a mean's standard error behind it, "-" for None."""
+    lines = [[name for name in rows[0] if not name.endswith("s.e.")]] if rows else []
+    for row in rows:
+        cells = []
+        for name in lines[0]:
+            value, error = row[name], row.get(f"{name} s.e.")
+            digits = ".2f" if isinstance(value, float) and abs(value) < 3 else ".1f"
+            text = f"{value:{digits}}" if isinstance(value, float) else "-" if value is None else str(value)
+            cells.append(f"{text} ± {error:{digits}}" if error is not None else text)
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line)
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The first form: Table 1, Figure 4 and Figure 5 of the paper, from every finished run below a folder.
 
 
-def refuse_mixture(run: dict, other: dict) -> None:
-    """Stop if two runs do not belong in one table.
-
-    Rows may differ in the method, --ema and what is the penalty's, the runs of a row in the seed alone.
-    """
-    free = {"seed", "device"} | (set() if row_name(run) == row_name(other) else {"method", "ema"} | OF_PENALTY)
-    a, b = run["settings"], other["settings"]
-    for name in sorted((a.keys() & b.keys()) - free):
-        if a[name] != b[name]:
-            what = f"--{name.replace('_', '-')} {a[name]} and {b[name]}"
-            folders = f"{run['folder']} and {other['folder']}"
-            r.stop(f"{folders} do not belong in one table ({what}): report their folders apart")
-
-
 def gather(folder: Path) -> dict[tuple[str, str], Rows]:
-    """(dataset, FID features) -> rows of Table 1, of all finished runs below a folder."""
-    groups = {}
-    for path in sorted(folder.rglob("result.json")):
-        run = read_run(path.parent)
-        group = groups.setdefault((run["dataset"], run["fid_features"]), [])
-        for other in group:
-            refuse_mixture(other, run)
-        group.append(run)
-    if not groups:
+    """(dataset, FID features) -> the rows of Table 1, of all finished runs below a folder.
+
+    Stops if two of these do not belong in one table: its rows may differ in the method, --ema and what is the
+    penalty's, the runs of a row in the seed alone.
+    """
+    runs, groups = [read_run(path.parent) for path in sorted(folder.rglob("result.json"))], {}
+    if not runs:
         r.stop(f"{folder} holds no finished run (result.json): train some first")
-    ordered = sorted(groups, key=lambda key: DATASETS.index(key[0]))
-    return {key: group_rows(groups[key], row_name) for key in ordered}
+    for run in sorted(runs, key=lambda run: DATASETS.index(run["dataset"])):
+        groups.setdefault((run["dataset"], run["fid_features"]), []).append(run)
+    for pair in chain(*(combinations(group, 2) for group in groups.values())):
+        one, other = (run["settings"] for run in pair)
+        same_row = row_name(pair[0]) == row_name(pair[1])
+        free = {"seed", "device"} | (set() if same_row else {"method", "ema"} | OF_PENALTY)
+        for name in sorted((one.keys() & other.keys()) - free):
+            if one[name] != other[name]:
+                what = f"--{name.replace('_', '-')} {one[name]} and {other[name]}"
+                folders = f"{pair[0]['folder']} and {pair[1]['folder']}"
+                r.stop(f"{folders} do not belong in one table ({what}): report their folders apart")
+    return {key: group_rows(group, row_name) for key, group in groups.items()}
 
 
 def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
     """What the FID is taken on, and by which settings the runs differ from the paper's."""
-    usual, other = PAPER | (r.DATASETS[dataset] if dataset in PUBLISHED else {}), []
-    for name in usual.keys() - {"dataset", "method", "seed", "device", "bf16"}:
-        paper = text_of(usual[name])
-        values = {run["settings"].get(name, paper) for run in runs} - {paper}
-        other += [f"{name} {', '.join(sorted(values))} (paper {paper})"] if values else []
-    setting = f"not the paper's setting: {'; '.join(sorted(other))}" if other else "the paper's setting"
+    other, special = [], r.DATASETS[dataset] if dataset in PUBLISHED else {}
+    for name, value in PAPER.items():
+        paper = plain(special.get(name, value))
+        values = {str(run["settings"].get(name, paper)) for run in runs} - {str(paper)}
+        if values and name not in ("dataset", "method", "seed", "device", "bf16"):
+            other.append(f"{name} {', '.join(sorted(values))} (paper {paper})")
+    setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
     return f"- {dataset}: FID on features of {features} (the paper's: inception); {setting}."
 
 
 def report(folder: Path) -> None:
     """Write and print Table 1 and the paired differences of all runs below a folder; draw Figures 4 and 5."""
-    groups, table, differences, notes, scripts, pictures = gather(folder), [], [], [], Counter(), {}
+    groups, table, differences, notes, scripts = gather(folder), [], [], [], Counter()
     for (dataset, features), rows in groups.items():
         published = dict(zip(ROWS, PUBLISHED.get(dataset, ())))
         every_run = [run for runs in rows.values() for run in runs]
         for name in sorted({*rows, *ROWS}, key=lambda name: (METHODS.index(name.split()[0]), name)):
             runs = rows.get(name, [])
-            curvatures = [curvature for run in runs for curvature in run["curvature"]]
-            row = {"dataset": dataset, "method": name, "seeds": len(runs)} | means(runs)
-            row["curvature"] = float(np.mean(curvatures)) if curvatures else None
+            row = {"dataset": dataset, "method": name, "seeds": len(runs)}
+            row |= means(runs, (*MEASURES, "pooled FID"))
+            row["curvature"], _ = mean_and_error([value for run in runs for value in run["curvature"]])
             table.append(row | {"paper: AFID / forgetting": published.get(name), "FID features": features})
             differences += [{"dataset": dataset, "method": name} | line for line in paired(runs, every_run)]
         notes.append(setting_note(dataset, features, every_run))
         scripts.update(run.get("script") or "unknown" for run in every_run)
-        pictures.setdefault(dataset, {}).update(rows)
-    absent = [dataset for dataset in PUBLISHED if dataset not in pictures]
+        plot_samples(dataset, rows, folder / f"figure5-{dataset}.png")
+    plot_afid(groups, folder / "figure4.png")
+    absent = [name for name in PUBLISHED if name not in [dataset for dataset, _ in groups]]
     notes += [f"- missing, no finished run: {', '.join(absent)}."] if absent else []
     if len(scripts) > 1 or "unknown" in scripts:
         notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
-
-    about = "Mean ± standard error over the seeds; lower is better. Curvature: mean lambda c* ||mu||^2. *: from"
-    text = "\n".join([markdown(table), "", f"{about} the authors' result files.", *notes, ""])
+    text = "\n".join([markdown(table), LEGEND, *notes, ""])
+    print(text, markdown(differences), sep="\n")
     with r.whole(folder / "table1.md") as temporary:
         temporary.write_text(text)
-    columns = ("dataset", "method", "against", "measure", "seeds", "mean", "low", "high")
-    for path, names, lines in (("table1.csv", table[0], table), ("paired.csv", columns, differences)):
+    for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
         with r.whole(folder / path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(lines)
-    plot_afid(groups, folder / "figure4.png")
-    for dataset, rows in pictures.items():
-        plot_samples(dataset, rows, folder / f"figure5-{dataset}.png")
-    print(text, markdown(differences), "", sep="\n")
     print(f"In {folder}: table1.md, table1.csv, paired.csv, figure4.png, figure5-<dataset>.png")
 
 
@@ -269,29 +258,26 @@ def plot_afid(groups: dict[tuple[str, str], Rows], path: Path) -> None:
 
     Where the features are the paper's, its curves stand beside ours, dashed, with bars of a standard error.
     """
-    names = list(dict.fromkeys(["gd", "diag", "rank1", *(name for rows in groups.values() for name in rows)]))
+    names = ["gd", "diag", "rank1", *(name for rows in groups.values() for name in rows)]
+    colors = dict(zip(dict.fromkeys(names), cycle(COLORS)))
     figure = Figure(figsize=(7.5 * len(groups), 4), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
-        dataset, features = key
-        for name, runs in groups[key].items():
-            mean, error = mean_and_error([run["afid"] for run in runs])
-            after = np.arange(1, len(runs[0]["fid_real"]) + 1)
-            joint = r.METHODS[runs[0]["method"]].joint
-            if joint:  # one number, of no task
-                mean, error = mean.repeat(len(after)), error.repeat(len(after))
-            color = f"C{names.index(name)}"
-            axes.plot(after, mean, color=color, ls=":" if joint else "-", label=f"{name} ({len(runs)} seeds)")
-            axes.fill_between(after, mean - error, mean + error, color=color, alpha=0.2, lw=0)
+    for axes, (dataset, features) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
+        for name, runs in groups[dataset, features].items():
+            after, joint = np.arange(1, len(runs[0]["fid_real"]) + 1), name.startswith("joint")
+            curve = [mean_and_error(afids) for afids in zip(*(run["afid"] for run in runs))]
+            mean, error = np.array(curve * len(after) if joint else curve, float).T  # joint: of no task
+            axes.plot(after, mean, ":" if joint else "-", color=colors[name], label=f"{name} ({len(runs)})")
+            axes.fill_between(after, mean - error, mean + error, color=colors[name], alpha=0.2, lw=0)
         comparable = features.startswith("inception") and "limit" not in features and len(after) == 5
         for name in ("gd", "diag", "rank1"):
             if comparable and (dataset, name) in CURVES:
-                style = {"color": f"C{names.index(name)}", "ls": "--", "capsize": 2, "label": f"paper: {name}"}
+                style = {"color": colors[name], "ls": "--", "capsize": 2, "label": f"paper: {name}"}
                 axes.errorbar(after, *CURVES[dataset, name], **style)
         axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", title=dataset, yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(title="row (seeds)", fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     r.save_figure(figure, path)
 
 
@@ -300,9 +286,8 @@ def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
 
     Cut out of the runs' samples-task*.png, of one seed: all start from the same noises.
     """
-    first = next(iter(rows.values()))[0]
-    seed = min(run["seed"] for runs in rows.values() for run in runs)
-    tasks = len(first["fid_real"])
+    every_run = [run for runs in rows.values() for run in runs]
+    seed, tasks = min(run["seed"] for run in every_run), len(every_run[0]["fid_real"])
     columns = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
     figure = Figure(figsize=(1.6 + 2.2 * len(columns), 0.5 + 0.95 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -310,11 +295,14 @@ def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         folders = [run["folder"] for run in rows[name] if run["seed"] == seed]
         for axes, k in zip(line, columns):
-            axes.set(xticks=[], yticks=[], title=f"after task {k}" if line is panels[0] else "")
+            axes.set(xticks=[], yticks=[], title=f"after task {k}" if line[0] is panels[0, 0] else "")
             axes.spines[:].set_visible(False)
-            picture = folders[0] / f"samples-task{k}.png" if folders else None
-            if picture and picture.exists():
-                axes.imshow(read_picture(picture)[: 2 * CELL + 2, : 5 * CELL + 2])
+            pictures = [folder / f"samples-task{k}.png" for folder in folders]
+            if pictures and pictures[0].exists():
+                try:
+                    axes.imshow(imread(pictures[0])[: 2 * 34 + 2, : 5 * 34 + 2])  # cells of 32, margins of 2
+                except r.DAMAGED as error:
+                    r.stop(f"{pictures[0]} is damaged ({error}): remove it, and Figure 5 goes without")
             elif k == tasks or not name.startswith("joint"):
                 axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes)
     figure.suptitle(f"{dataset}, seed {seed}")
@@ -326,53 +314,96 @@ def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
 
 
 def distinguishing(runs: Sequence[dict], over: str) -> list[str]:
-    """The settings, as few as suffice, that besides `over` tell apart runs of one method."""
+    """The settings, as few as suffice, that besides `over` tell apart the runs of a method."""
     chosen = []
-    for name in dict.fromkeys(name for run in runs for name in run["settings"]):
-        if name not in ("method", "seed", "device", over):
-            values = {}  # of runs that so far look alike
-            for run in runs:
-                alike = tuple(run["settings"].get(other) for other in ["method", *chosen])
-                values.setdefault(alike, set()).add(run["settings"].get(name))
-            chosen += [name] if max(map(len, values.values())) > 1 else []
+    for name in [*PAPER, "fisher_from", "curvature"]:
+        values = {}  # of the runs that look alike so far
+        for run in runs:
+            alike = tuple(run["settings"].get(other) for other in ["method", *chosen])
+            values.setdefault(alike, set()).add(run["settings"].get(name))
+        if name not in ("seed", "device", over) and any(len(different) > 1 for different in values.values()):
+            chosen.append(name)
     return chosen
 
 
 def compare(folders: Sequence[Path], over: str, to: Path) -> None:
-    """Print the measures of runs over a setting, and what sets them apart from GD; write to.json and to.png."""
+    """Print the measures of runs over a setting, and how far they lie from GD; write TO.json and TO.png."""
     runs = [read_run(folder) for folder in folders]
     names = distinguishing(runs, over)
 
-    def row_of(run: dict) -> tuple[str, str | None]:
-        method = "" if over == "method" else run["method"]
-        return (method + flags(run, names)).strip() or "all runs", run["settings"].get(over)
+    def row_of(run: dict) -> tuple:
+        name = row_name(run, names)
+        name = name.removeprefix(run["method"]).strip() if over == "method" else name
+        return name or "all", run["settings"].get(over), run["fid_features"]
 
-    rows, lines, differences = group_rows(runs, row_of), [], []
-    for key, found in rows.items():
-        name, value = key
-        seeds = [run["seed"] for run in found]
-        lines.append({"line": name, over: value, "seeds": seeds} | means(found))
-        differences += [{"line": name, over: value} | difference for difference in paired(found, runs)]
-    print(markdown([line | {"seeds": len(line["seeds"])} for line in lines]), markdown(differences), sep="\n\n")
-    r.write_json(Path(f"{to}.json"), {"over": over, "rows": lines, "paired": differences})
-    plot_lines(rows, over, Path(f"{to}.png"))
+    rows, table, differences = group_rows(runs, row_of), [], []
+    lines = list(dict.fromkeys(line for line, _, _ in rows))
+    for key in sorted(rows, key=lambda key: (lines.index(key[0]), 0 if type(key[1]) is str else key[1] or 0)):
+        row = {"line": key[0], over: key[1]}
+        differences += [row | difference for difference in paired(rows[key], runs)]
+        row["seeds"] = [run["seed"] for run in rows[key]]
+        table.append(row | means(rows[key]) | {"FID features": key[2]})
+    for shown in (table, differences):
+        print(markdown([row | {over: None if row[over] is None else str(row[over])} for row in shown]))
+    r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
+    plot_lines(table, over, Path(f"{to}.png"))
     print(f"In {to}.json, {to}.png")
 
 
+def plot_lines(table: list[dict], over: str, path: Path) -> None:
+    """Draw the measures over a setting: a panel a measure, a line a name, a row of panels a kind of features.
+
+    Runs that do not have the setting are a horizontal band. Bands and bars are of one standard error.
+    """
+    features = list(dict.fromkeys(row["FID features"] for row in table))
+    colors = dict(zip(dict.fromkeys(row["line"] for row in table), cycle(COLORS)))
+    values = list(dict.fromkeys(row[over] for row in table if row[over] is not None))
+    numeric = str not in map(type, values)
+    place = {value: value if numeric else i for i, value in enumerate(values)}
+    positive = [value for value in values if numeric and value > 0]
+    figure = Figure(figsize=(15, 4.2 * len(features)), layout="constrained")
+    panels, handles = figure.subplots(len(features), len(MEASURES), squeeze=False, sharex=True), {}
+    for i, j in np.ndindex(panels.shape):
+        axes, measure = panels[i, j], MEASURES[j]
+        for name, color in colors.items():
+            own = [row for row in table if (row["line"], row["FID features"]) == (name, features[i])]
+            own = [row for row in own if row[measure] is not None]
+            for row in own:
+                if row[over] is None:
+                    mean, error = row[measure], row[f"{measure} s.e."] or 0
+                    handles[name] = axes.axhline(mean, color=color, ls="--")
+                    axes.axhspan(mean - error, mean + error, color=color, alpha=0.1, lw=0)
+            points = [row for row in own if row[over] is not None]
+            if points:
+                x, y = [place[row[over]] for row in points], [row[measure] for row in points]
+                bars = [row[f"{measure} s.e."] or 0 for row in points]
+                style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
+                handles[name] = axes.errorbar(x, y, bars, **style)
+        if not numeric:
+            axes.set_xticks(list(place.values()), [str(value) for value in values], rotation=30, ha="right")
+            axes.margins(x=0.1)
+        elif positive and max(positive) > 10 * min(positive):
+            axes.set_xscale("symlog", linthresh=min(positive)) if 0 in values else axes.set_xscale("log")
+        axes.set(xlabel=over, ylabel=f"{measure}\n({features[i]})")
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    r.save_figure(figure, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and report on a folder of runs, or compare runs over a setting."""
+    """Report on all runs below a folder or, with --over, compare runs over a setting."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = r.stop
-    parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below, or runs")
-    parser.add_argument("--over", choices=PAPER, help="compare the runs over this setting")
-    parser.add_argument("--to", type=Path, help="where the comparison goes: TO.json and TO.png")
+    parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below; or runs")
+    parser.add_argument("--over", choices=PAPER, help="the setting that runs are compared over")
+    parser.add_argument("--to", type=Path, help="a comparison goes to TO.json and TO.png")
     args = parser.parse_args(argv)
     if (args.over is None) != (args.to is None) or (args.over is None and len(args.runs) > 1):
-        r.stop("give one folder that runs lie below, or runs and both --over SETTING and --to NAME")
+        r.stop("name one folder that finished runs lie below; or runs, with --over SETTING and --to NAME")
     try:
         compare(args.runs, args.over, args.to) if args.over else report(args.runs[0])
     except OSError as error:
-        r.stop(f"{error.filename} cannot be read or written ({error.strerror})")
+        r.stop(f"{error.filename or error} cannot be read or written")
 
 
 if __name__ == "__main__":
