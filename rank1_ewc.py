@@ -74,7 +74,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
         "rank1",
         str,
         (),
-        "joint, finetune, replay, gd, diag-only, rank1-only, diag, rank1, rank2, ..",
+        "joint, finetune, replay, gd, diag-only, rank1-only, diag, rank1, rank4, ..",
     ),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
     "tasks": (5, int, COUNT, "the classes are shared out to so many tasks, in label order"),
@@ -89,7 +89,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
         [0, NUM_STEPS],
         numbers,
         (0, NUM_STEPS),
-        "these samples have timesteps from the first to before the second",
+        "the first of their timesteps, and the end",
     ),
     "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher paints"),
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps"),
@@ -109,12 +109,8 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
     "fresh": (False, bool, (), "start over, not go on: gives up the run that is in OUT"),
 }
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
-DIGITS |= {
-    "fisher_samples": 4000,
-    "replay_per_class": 200,
-    "sample_steps": 20,
-}  # 20 a training image: mu from 200 would be noise
-DIGITS |= {"channels": [16, 32], "layers_per_block": 1}
+DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
+DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 would be mostly noise
 SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10, "channels": [16, 32, 32, 32]}
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}

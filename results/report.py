@@ -3,9 +3,9 @@
     python -m results.report RUNS                                        # every finished run below a folder
     python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting
 
-The first writes table1.md, table1.csv, paired.csv, figure4.png and figure5-<dataset>.png into RUNS, the second
-results/lambda.json and results/lambda.png. A row is a method, named with the flags that set it apart ("gd --ema
-0.99"); its runs differ in the seed alone. Only the runs' result.json and samples-task*.png are read.
+The first writes table1.md, table1.csv, paired.csv, figure4.png and figure5-<dataset>.png into RUNS, the
+second results/lambda.json and results/lambda.png. A row is a method, named with the flags that set it apart
+("gd --ema 0.99"); its runs differ in the seed alone. Only result.json and samples-task*.png are read.
 """
 
 import argparse
@@ -67,7 +67,7 @@ PAPER["bf16"] = "False"  # where result.json does not say
 
 
 def read_run(folder: Path) -> dict:
-    """The finished run in a folder. Stops if there is none, or if its result.json is damaged or lacks parts."""
+    """The finished run in a folder. Stops if there is none, or if result.json is damaged or lacks parts."""
     path = folder / "result.json"
     if not path.is_file():
         r.stop(f"{folder} holds no finished run (result.json): train it first, or leave it out")
@@ -143,8 +143,8 @@ def is_baseline(gd: dict, run: dict) -> bool:
 def paired(runs: Sequence[dict], against: Sequence[dict]) -> list[dict]:
     """The mean difference of each measure between the runs of a row and GD, seed by seed: a line a measure.
 
-    Each run is paired with its baseline among `against`, if there is just one. low and high are the 95% interval
-    of the mean, by Student's t with a degree of freedom less than there are pairs; None for a single pair.
+    Each run is paired with its baseline among `against`, if there is just one. low and high are the 95%
+    interval of the mean, by Student's t with a degree of freedom less than pairs; None for a single pair.
     """
     pairs, lines = [], []
     for run in runs:
