@@ -24,7 +24,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,14 +68,9 @@ def numbers(text: str) -> list[int]:
 
 
 COUNT = (1, 10**7)
-SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices, help)
+SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices if any, help)
     "dataset": ("digits", str, ("digits", "mnist", "fashion", "cifar10", "imagenet32"), "what is learned"),
-    "method": (
-        "rank1",
-        str,
-        (),
-        "joint, finetune, replay, gd, diag-only, rank1-only, diag, rank1, rank4, ..",
-    ),
+    "method": ("rank1", str, None, "how old classes are kept: a row of METHODS"),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
     "tasks": (5, int, COUNT, "the classes are shared out to so many tasks, in label order"),
     "epochs": (200, int, COUNT, "epochs a task"),
@@ -85,12 +80,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
     "lam": (15000.0, float, (0, 1e30), "EWC's lambda; a smaller network needs a smaller one"),
     "form": ("loss", str, ("loss", "proximal"), "the penalty in the loss, or a step after each of Adam's"),
     "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) that a task's Fisher is taken from"),
-    "fisher_timesteps": (
-        [0, NUM_STEPS],
-        numbers,
-        (0, NUM_STEPS),
-        "the first of their timesteps, and the end",
-    ),
+    "fisher_timesteps": ([*EVERY_STEP], numbers, EVERY_STEP, "the first of their timesteps, and the end"),
     "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher paints"),
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps"),
     "ema": (0.0, float, (0, 0.99999), "a task ends with the running average of its weights, of this decay"),
@@ -98,15 +88,15 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices,
     "layers_per_block": (2, int, (1, 100), "residual blocks a level"),
     "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, its code ran 0"),
     "limit": (None, int, (2, 10**7), "a quick look: at most so many images a class, and as few of all else"),
-    "small": (False, bool, (), "a small network and one epoch a task, for 32x32 images on a CPU"),
+    "small": (False, bool, None, "a small network and one epoch a task, for 32x32 images on a CPU"),
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
     "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
-    "bf16": (None, bool, (), "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
-    "compile": (None, bool, (), "compile the network, a minute (default: on GPUs from Ampere on)"),
-    "device": ("auto", str, (), "auto, cpu, cuda, cuda:1, .. or mps"),
-    "data_dir": (Path("data"), Path, (), "where the datasets are, or are downloaded to"),
-    "out": (None, Path, (), "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
-    "fresh": (False, bool, (), "start over, not go on: gives up the run that is in OUT"),
+    "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
+    "compile": (None, bool, None, "compile the network, a minute (default: on GPUs from Ampere on)"),
+    "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
+    "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
+    "out": (None, Path, None, "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
+    "fresh": (False, bool, None, "start over, not go on: gives up the run that is in OUT"),
 }
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
 DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
@@ -121,7 +111,7 @@ MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
 SAMPLE_BATCH = 100  # images painted together
 FISHER_BATCH = 128  # samples of a Fisher computed together
 GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
-GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB
+GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
 CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
 DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
 
@@ -160,6 +150,7 @@ def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Write to a temporary neighbour that then takes the name: the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".rank1_ewc-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -182,11 +173,6 @@ class Data(NamedTuple):
     test_y: Tensor
 
 
-def pick(data: Data, train, test) -> Data:
-    """The images and labels at the places `train` and `test`, which are indices, slices or masks."""
-    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
-
-
 def to_float(images: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -207,10 +193,7 @@ def load_digits(_: Path) -> Data:
 
 
 def load_torchvision(dataset: type, files: str, folder: str, data_dir: Path) -> Data:
-    """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing.
-
-    CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
-    """
+    """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing."""
     try:
         train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
         x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
@@ -222,30 +205,24 @@ def load_torchvision(dataset: type, files: str, folder: str, data_dir: Path) -> 
     return Data(x.permute(0, 3, 1, 2), y, test_x.permute(0, 3, 1, 2), test_y)
 
 
-def read_npz(paths: list[Path]) -> tuple[Tensor, Tensor]:
-    """ImageNet's files -> images (N, 3, 32, 32) uint8 and labels (N,) from 0 on. Stops on a damaged one.
-
-    Each file has `data` (n, 3072) uint8 in channel, row, column order, and `labels` (n,) from 1 on.
-    """
-    images, labels = [], []
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                data, label = file["data"], file["labels"].astype(np.int64)
-            if data.dtype != np.uint8 or data.shape != (len(label), 3072):
-                raise ValueError(f"data is {data.dtype} {data.shape}, not uint8 ({len(label)}, 3072)")
-        except DAMAGED as error:
-            stop(f"{path} is missing or damaged ({error}): put a whole one there, or name another --data-dir")
-        images.append(torch.from_numpy(data).view(-1, 3, 32, 32))
-        labels.append(torch.from_numpy(label) - 1)
-    return torch.cat(images), torch.cat(labels)
+def read_npz(path: Path) -> tuple[Tensor, Tensor]:
+    """A file of ImageNet's -> images (n, 3, 32, 32) uint8, labels (n,) from 0 on. Stops if it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = file["data"], file["labels"].astype(np.int64)  # in channel, row, column order; from 1 on
+        if x.dtype != np.uint8 or x.shape != (len(y), 3072):
+            raise ValueError(f"data is {x.dtype} {x.shape}, not uint8 ({len(y)}, 3072)")
+    except DAMAGED as error:
+        stop(f"{path} is missing or damaged ({error}): put a whole one there, or name another --data-dir")
+    return torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y) - 1
 
 
 def load_imagenet32(data_dir: Path) -> Data:
     """The downsampled ImageNet (arXiv 1707.08819), 3x32x32, from its npz files: 12 GB of host memory."""
     folder = data_dir / "imagenet32"
-    train = read_npz([folder / f"train_data_batch_{i}.npz" for i in range(1, 11)])
-    return Data(*train, *read_npz([folder / "val_data.npz"]))
+    parts = [read_npz(folder / f"train_data_batch_{i}.npz") for i in range(1, 11)]
+    x, y = map(torch.cat, zip(*parts))
+    return Data(x, y, *read_npz(folder / "val_data.npz"))
 
 
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
@@ -253,6 +230,7 @@ LOADERS: dict[str, Callable[[Path], Data]] = {
     "digits": load_digits,
     "mnist": partial(load_torchvision, torchvision.datasets.MNIST, IDX, "MNIST/raw"),
     "fashion": partial(load_torchvision, torchvision.datasets.FashionMNIST, IDX, "FashionMNIST/raw"),
+    # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
     "cifar10": partial(load_torchvision, torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz", ""),
     "imagenet32": load_imagenet32,
 }
@@ -266,13 +244,14 @@ def load_data(name: str, data_dir: Path) -> Data:
         classes, counts = y.unique(return_counts=True)
         if not classes.equal(every_class) or counts.min() < 2:
             stop(f"{name} in {data_dir} lacks training or test images of some class: put the whole set there")
-    return pick(data, data.y.argsort(stable=True), data.test_y.argsort(stable=True))
+    train, test = data.y.argsort(stable=True), data.test_y.argsort(stable=True)
+    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
 def limit_classes(data: Data, n: int) -> Data:
     """The first n images of each class, of those to train and of those to test, of data sorted by class."""
     train, test = (torch.arange(len(y)) - torch.searchsorted(y, y) < n for y in (data.y, data.test_y))
-    return pick(data, train, test)
+    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
 def split_tasks(data: Data, tasks: int) -> list[Data]:
@@ -280,15 +259,14 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
     classes = int(data.y.max()) + 1
     if classes % tasks:
         stop(f"--tasks {tasks}: {classes} classes cannot be shared out equally, choose a divisor")
-    first = torch.arange(tasks + 1) * (classes // tasks)  # the first class of each task
-    train, test = torch.searchsorted(data.y, first).tolist(), torch.searchsorted(data.test_y, first).tolist()
-    return [pick(data, slice(*train[k : k + 2]), slice(*test[k : k + 2])) for k in range(tasks)]
+    n, test_n = (y.bincount().view(tasks, -1).sum(1).tolist() for y in (data.y, data.test_y))  # of each task
+    parts = zip(data.x.split(n), data.y.split(n), data.test_x.split(test_n), data.test_y.split(test_n))
+    return [Data(*part) for part in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it in
 # the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
-
 
 HEAD_CHANNELS = 8
 
@@ -320,18 +298,15 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.heads = channels // HEAD_CHANNELS
         self.group_norm = nn.GroupNorm(groups, channels)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        def split_heads(v: Tensor) -> Tensor:  # (B, HW, C) -> (B, heads, HW, 8)
-            return v.unflatten(2, (self.heads, HEAD_CHANNELS)).transpose(1, 2)
-
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = split_heads(self.to_q(h)), split_heads(self.to_k(h)), split_heads(self.to_v(h))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, 8)
+        qkv = (self.to_q(h), self.to_k(h), self.to_v(h))
+        q, k, v = (v.unflatten(2, (-1, HEAD_CHANNELS)).transpose(1, 2) for v in qkv)  # (B, heads, HW, 8)
+        h = F.scaled_dot_product_attention(q, k, v)
         return x + self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view_as(x)
 
 
@@ -397,9 +372,8 @@ class UNet(nn.Module):
             down = [resample(level, c, up=False)] if level < last else []
             self.down_blocks.append(Stage(resnets, attentions, downsamplers=down))
             skips += [c] * (layers_per_block + len(down))
-        c = channels[-1]
-        self.mid_block = Stage([resnet(c, c), resnet(c, c)], [Attention(c, groups)])
         below = channels[-1]
+        self.mid_block = Stage([resnet(below, below), resnet(below, below)], [Attention(below, groups)])
         for level, c in reversed(list(enumerate(channels))):
             inputs = [i + skips.pop() for i in [below] + [c] * layers_per_block]
             resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
@@ -478,10 +452,7 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
 
 
 def sample_images(cfg: Settings, model: nn.Module, noise: Tensor, y: Tensor, name: str) -> Tensor:
-    """DDIM images of the classes y (N,), in eval mode; the i-th starts from noise[i % M], noise (M, C, H, W).
-
-    -> (N, C, H, W) uint8. The processes share the work out; the progress bar shows `name`.
-    """
+    """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
     parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH)
@@ -498,19 +469,13 @@ def sample_images(cfg: Settings, model: nn.Module, noise: Tensor, y: Tensor, nam
 # classes y (N,); the number n of samples; a generator on their device; the first timestep and the end.
 
 
-def unflat(vector: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The vector (D,), as flat() makes it of the weights, cut into views of the shapes of `tensors`."""
-    tensors = list(tensors)
-    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in tensors]), tensors)]
-
-
 def dot64(a: Tensor, b: Tensor) -> float:
     """a^T b summed in float64: over 37 million weights float32 would round small differences away."""
     return float(a.cpu().double() @ b.cpu().double())
 
 
 def fisher_batches(x: Tensor, y: Tensor, n: int, generator, timesteps=EVERY_STEP) -> Iterator[tuple]:
-    """n samples (x0, t, eps, y) in batches. Every image is taken once, in random order, before one is again."""
+    """n samples (x0, t, eps, y) in batches: each image once, in random order, before one comes again."""
     rounds = range(math.ceil(n / len(x)))
     chosen = torch.cat([torch.randperm(len(x), generator=generator, device=x.device) for _ in rounds])
     for index in chosen[:n].split(FISHER_BATCH):
@@ -526,39 +491,35 @@ def losses_at(model: nn.Module, loss: Callable, batch: Iterable[Tensor], theta: 
 def rank1_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
-    c* is the least-squares coefficient of F on mu mu^T; over the draws that gave mu it would be biased upward,
-    as each g_i is part of mu. Time: per batch an ordinary backward pass for mu and a forward-mode derivative
+    c* is the least-squares coefficient of F on mu mu^T; over the draws that gave mu it would be biased up, as
+    each g_i is part of mu. Time: per batch an ordinary backward pass for mu and a forward-mode derivative
     for all its mu^T g_i at once. Memory: three vectors (D,) and a batch's activations; no per-sample gradient
     is ever made.
     """
     model.eval()
-    params = dict(model.named_parameters())
-    theta = {name: p.detach() for name, p in params.items()}
+    theta = {name: p.detach() for name, p in model.named_parameters()}
     mu = torch.zeros_like(flat(theta.values()))
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
-        mu += flat(torch.autograd.grad(per_sample_loss(model, *batch).sum(), params.values()))
+        mu += flat(torch.autograd.grad(per_sample_loss(model, *batch).sum(), model.parameters()))
     mu = all_sum(mu) / n
 
     norm = math.sqrt(dot64(mu, mu))
-    u = dict(zip(theta, unflat(mu / norm, theta.values())))  # mu's direction, in the shapes of the weights
+    u = {name: torch.empty_like(p) for name, p in theta.items()}
+    vector_to_parameters(mu / norm, u.values())  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
-            _, along_u = jvp(
-                partial(losses_at, model, per_sample_loss, batch), (theta,), (u,)
-            )  # (B,) u^T g_i
+            loss_at = partial(losses_at, model, per_sample_loss, batch)
+            _, along_u = jvp(loss_at, (theta,), (u,))  # (B,) u^T g_i
         squares += along_u.square().sum()
     return mu, all_sum(squares) / n / norm**2  # E[(mu^T g)^2] / ||mu||^4, as mu = norm u
 
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (b, D). loss(predict, *batch) -> (B,), like per_sample_loss.
-
-    Making a chunk takes at most 1 GB, or on a GPU a quarter of what is free. Much slower than the backward
-    passes of whole batches, which give only the sum of the g_i.
-    """
+    """g_i of every sample, in chunks (b, D): much slower than their sum. loss -> (B,), as per_sample_loss."""
     theta = {name: p.detach() for name, p in model.named_parameters()}
     device = next(model.parameters()).device
+    # Making a chunk takes at most 1 GB, or on a GPU a quarter of what is free.
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
     chunk = max(1, memory // (8 * sum(p.numel() for p in theta.values())))
     gradient = grad(lambda theta, *sample: losses_at(model, loss, [v[None] for v in sample], theta)[0])
@@ -579,17 +540,15 @@ def diagonal_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> Ten
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """F = G^T G / N's eigenvalues (N,), falling, and its first k eigenvectors (k, D), of gradients G (N, D).
-
-    From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
-    """
+    """F = G^T G / N's eigenvalues (N,), falling, and first k eigenvectors (k, D), of gradients G (N, D)."""
+    # From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
     values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
     values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
     return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G
 
 
 def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> tuple[Tensor, Tensor]:
-    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from n gradients or as many as fit: 10 of 37M weights."""
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from n gradients or as many as fit."""
     model.eval()
     n = min(n, GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
     if n < k:
@@ -601,7 +560,8 @@ def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> 
 
 # ----------------------------------------------------------------------------------------------------------
 # Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After a
-# task, add(Fisher, theta*); while the next is learned, penalty(theta) is a scalar that the loss gets on top.
+# task, add(Fisher, theta*) takes it in and returns the numbers of it that result.json keeps; while the next
+# is learned, penalty(theta) is a scalar that the loss gets on top.
 
 
 class LowRankPenalty:
@@ -616,7 +576,7 @@ class LowRankPenalty:
         self.lam = lam
         self.v = self.c = self.offset = self.origin = None  # no task yet
 
-    def add(self, fisher: tuple[Tensor, Tensor], theta_star: Tensor) -> None:
+    def add(self, fisher: tuple[Tensor, Tensor], theta_star: Tensor) -> dict[str, float]:
         v, c = torch.atleast_2d(fisher[0]), torch.atleast_1d(fisher[1])
         if self.origin is None:
             self.v, self.c, self.offset = v, c, torch.zeros_like(c)
@@ -626,6 +586,8 @@ class LowRankPenalty:
             self.offset = torch.cat([self.offset, torch.zeros_like(c)])
             self.v, self.c = torch.cat([self.v, v]), torch.cat([self.c, c])  # (directions of all tasks, D)
         self.origin = theta_star
+        mu_norm, energy = v[0].norm(), c[0] * v[0].norm() ** 2  # energy = mu^T F mu / ||mu||^2
+        return {"c_star": float(c[0]), "mu_norm": float(mu_norm), "energy": float(energy)}
 
     def drift(self, theta: Tensor) -> Tensor:
         """v^T (theta - theta*_k) of every direction: how far the weights went along it. -> (directions,)."""
@@ -654,17 +616,14 @@ class DiagonalPenalty:
     """
 
     def __init__(self, lam: float):
-        self.lam, self.rest = lam, 0.0
-        self.H = self.center = None  # no task yet
+        self.lam, self.H, self.center, self.rest = lam, 0.0, 0.0, 0.0  # no task yet
 
-    def add(self, fisher: Tensor, theta_star: Tensor) -> None:
-        if self.H is None:
-            self.H, self.center = fisher, theta_star
-            return
+    def add(self, fisher: Tensor, theta_star: Tensor) -> dict[str, float]:
         H, moved = self.H + fisher, theta_star - self.center
         weight = torch.where(H > 0, fisher / H, 0.0)  # of this theta* in the weighted mean of all
         self.rest += dot64(self.H * weight, moved.square())
         self.H, self.center = H, self.center + weight * moved
+        return {"trace": float(fisher.sum())}
 
     def drift(self, theta: Tensor) -> Tensor:
         """(sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2)^1/2, one number of all old tasks. -> (1,)."""
@@ -706,12 +665,10 @@ METHODS = {
 # all old classes; on these the student imitates the teacher, on the real ones it finds the noise.
 
 
-def replay_pool(cfg: Settings, teacher: UNet, shape: Sequence, num_old: int) -> tuple[Tensor, Tensor]:
-    """The teacher's images of the classes 0..num_old-1, equally many of each. -> (N, C, H, W) uint8, (N,).
-
-    As in the authors' code, the n-th image starts from the same noise for every class, and after every task.
-    """
+def replay_pool(cfg: Settings, teacher: UNet, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
+    """The teacher's images of the classes 0..num_old-1, equally many of each. -> (N, C, H, W) uint8, (N,)."""
     device = next(teacher.parameters()).device
+    # As in the authors' code, the n-th image starts from the same noise for every class and after every task.
     generator = rng(device, cfg.seed, "replay pool")
     noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=device)
     y = torch.arange(num_old, device=device).repeat_interleave(cfg.replay_per_class)
@@ -764,13 +721,9 @@ def in_parts(network: Callable, images: Tensor, device: torch.device) -> np.ndar
 
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights.
-
-    clean-fid's mode legacy_tensorflow (arXiv 2104.11222) resizes inside the network, on the device, as the
-    extractor of the published numbers did.
-    """
-    try:
-        build = cleanfid.features.build_feature_extractor
+    """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights."""
+    build = cleanfid.features.build_feature_extractor
+    try:  # clean-fid (arXiv 2104.11222) resizes so inside the network, as for the published numbers
         network = build("legacy_tensorflow", device, use_dataparallel=False)
     except DAMAGED as error:
         weights = f"the Inception weights cannot be loaded or downloaded ({error})"
@@ -779,11 +732,7 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
 
 
 def classifier_features(name: str, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """images uint8 -> the penultimate features (N, 64) of a small CNN; prints its test accuracy.
-
-    Trained for 1,000 steps on the real training images, always with the same seed, and kept in CACHE under a
-    digest of these images.
-    """
+    """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, kept in CACHE."""
     channels, size = data.x.shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -808,7 +757,6 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
             optimizer.zero_grad()
             F.cross_entropy(model(to_float(x)), y).backward()
             optimizer.step()
-        CACHE.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(model.state_dict(), file)
     try:
@@ -890,7 +838,7 @@ def settings_of(cfg: Settings) -> dict:
 
 
 def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
-    """Stop if `path` is of a run with other settings; say so if it was made before this script was changed."""
+    """Stop if `path` is of a run with other settings; say so if it is of another version of this script."""
     for name, value in settings_of(cfg).items():
         if name in SETTINGS and settings.get(name) != value:
             flag = f"--{name.replace('_', '-')} {settings.get(name)}"
@@ -913,10 +861,7 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 
 
 def load_checkpoint(cfg: Settings, state: State) -> None:
-    """Bring a new state to where checkpoint.pt stands, if there is one.
-
-    Stops if it is damaged, of other settings, or not the same file for all processes.
-    """
+    """Bring a new state to where checkpoint.pt stands, if there is one. Stops if it is damaged."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
     if path.exists():
         try:
@@ -929,9 +874,8 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
                 weights = saved.pop(name)
                 if weights:
                     getattr(state, name).load_state_dict(weights)
-            penalty = saved.pop("penalty")
-            if penalty:
-                vars(state.penalty).update(penalty)
+            if state.penalty:
+                vars(state.penalty).update(saved.pop("penalty"))
             vars(state).update(saved)
         except torch.OutOfMemoryError:
             raise
@@ -954,22 +898,17 @@ def timed(state: State, part: str) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training: an epoch's batches, one step, a task, and the run over all tasks. L_T, L_GD and the penalty meet in
-# train_step.
+# Training: an epoch's batches, one step, a task, all tasks. L_T, L_GD and the penalty meet in train_step.
 
 
 def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) -> Iterator[tuple]:
-    """An epoch's batches (x0, t, eps, y): `size` real images each and as many replayed ones, in random order.
-
-    task: its images lie on the device; replay: the pool's images and classes, or None. All batches are full:
-    an epoch leaves out a random remainder.
-    """
+    """An epoch's batches (x0, t, eps, y): `size` real images each, then as many of the replay, if any."""
     purposes = ("order", "noise", "replay", "dropout")
     x, y, device = task.x, task.y, task.x.device
     draw = {purpose: rng(device, cfg.seed, purpose, state.task, state.epoch) for purpose in purposes}
     torch.manual_seed(draw["dropout"].initial_seed() + RANK)  # nn.Dropout knows only the global generator
     order = torch.randperm(len(x), generator=draw["order"], device=device)
-    for index in order[: len(x) // size * size].split(size):
+    for index in order[: len(x) // size * size].split(size):  # full batches: a random remainder is left out
         images, labels = x[index], y[index]
         if replay:
             old = torch.randint(len(replay[1]), (size,), generator=draw["replay"], device=device)
@@ -978,7 +917,7 @@ def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) ->
         yield x0, *draw_noise(x0, draw["noise"]), labels
 
 
-def train_step(cfg: Settings, state: State, batch: Sequence[Tensor]) -> Tensor:
+def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
     """One step of Adam on L_T + L_GD + the EWC penalty. -> these three losses (3,).
 
     batch: x0 (B, C, H, W), t, eps, y; the real images, then as many replayed ones, or real ones alone.
@@ -986,7 +925,7 @@ def train_step(cfg: Settings, state: State, batch: Sequence[Tensor]) -> Tensor:
     parts, step_losses = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device)
     teacher = state.teacher if METHODS[cfg.method].distill else None
     state.optimizer.zero_grad()
-    # The rows are dealt out to the processes and their --accumulate turns: each part is half real, half replayed.
+    # Rows are dealt out to the processes and their --accumulate turns: each part is half real, half replayed.
     for i in range(RANK, parts, WORLD):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # for tensor cores
             denoise, distill = losses(state.model, teacher, *(v[i::parts].contiguous() for v in batch))
@@ -1005,12 +944,11 @@ def train_step(cfg: Settings, state: State, batch: Sequence[Tensor]) -> Tensor:
 
 
 def sum_over_processes(model: nn.Module, step_losses: Tensor) -> None:
-    """Sum the losses and the gradients, which each process has of its own rows, to those of the whole batch."""
+    """Sum the losses and gradients, which each process has of its own rows, to those of the whole batch."""
     if WORLD > 1:
         all_sum(step_losses)
-        gradient = all_sum(flat(p.grad for p in model.parameters()))
-        for p, g in zip(model.parameters(), unflat(gradient, model.parameters())):
-            p.grad = g
+        gradients = [p.grad for p in model.parameters()]
+        vector_to_parameters(all_sum(flat(gradients)), gradients)
 
 
 @torch.no_grad()
@@ -1064,33 +1002,23 @@ def log_epoch(cfg: Settings, state: State, epoch_losses: Tensor, bar: tqdm) -> N
 
 def learn_penalty(cfg: Settings, state: State, task: Data) -> None:
     """After a task, its Fisher and theta* go to the penalty; c*, ||mu|| and the drift go to the state."""
-    method, theta = METHODS[cfg.method], flat(state.model.parameters()).detach()
+    theta = flat(state.model.parameters()).detach()
     if state.task > 0:
         state.drift.append(state.penalty.drift(theta).tolist())
     if state.task + 1 == cfg.tasks:  # after the last task no penalty is needed
         return
     generator = rng(task.x.device, cfg.seed, "fisher", state.task)
+    draws = (cfg.fisher_samples, generator, cfg.fisher_timesteps)
     with torch.compiler.set_stance("force_eager"):  # torch.func cannot derive compiled code
-        n, timesteps = cfg.fisher_samples, cfg.fisher_timesteps
-        fisher = method.fisher(state.model, task.x, task.y, n, generator, timesteps)
-    state.penalty.add(fisher, theta)
-    if method.penalty is DiagonalPenalty:
-        state.fisher.append({"trace": float(fisher.sum())})
-        return
-    mu, c_star = torch.atleast_2d(fisher[0])[0], torch.atleast_1d(fisher[1])[0]  # or v_1 and lambda_1
-    norm, energy = float(mu.norm()), float(c_star * mu.norm() ** 2)  # energy = mu^T F mu / ||mu||^2
-    state.fisher.append({"c_star": float(c_star), "mu_norm": norm, "energy": energy})
+        fisher = METHODS[cfg.method].fisher(state.model, task.x, task.y, *draws)
+    state.fisher.append(state.penalty.add(fisher, theta))
 
 
 def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, features: Callable, device) -> None:
-    """The FID of each of these tasks: its test images' features `real` against those of as many samples.
-
-    A task's samples start from the same noise at every evaluation: only the model changes its FID.
-    """
+    """The FID of each of these tasks: its test images' features `real` against those of as many samples."""
     sampled = []
-    for k, task in enumerate(tasks):
-        generator = rng(device, cfg.seed, "FID", k)
-        noise = torch.randn(task.test_x.shape, generator=generator, device=device)
+    for k, task in enumerate(tasks):  # the same noise after every task: only the model changes a FID
+        noise = torch.randn(task.test_x.shape, generator=rng(device, cfg.seed, "FID", k), device=device)
         images = sample_images(cfg, state.model, noise, task.test_y.to(device), f"samples of task {k + 1}")
         sampled.append(features(images))
     row = [frechet_distance(a, b) for a, b in zip(real, sampled)]
@@ -1103,8 +1031,8 @@ def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, feature
 def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], device: torch.device) -> dict:
     """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
 
-    data: all images, sorted by class; features: images uint8 -> FID features (N, d). Goes on from the
-    checkpoint in cfg.out if there is one: on a CPU to the same numbers as if it had never been stopped.
+    data: all images, sorted by class; features: images uint8 -> FID features (N, d). From a checkpoint it
+    goes on, on a CPU to the same numbers as if it had never been stopped.
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     stages = [data] if method.joint else tasks  # what is learned, one after the other
@@ -1150,13 +1078,12 @@ def save_result(cfg: Settings, state: State) -> dict:
     """Write model.pt and result.json, and return what this holds."""
     afid, forgetting = afid_and_forgetting(state.fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    seconds = {part: round(v, 1) for part, v in state.seconds.items()}
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
     result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
-    result |= {"afid": afid, "forgetting": forgetting, "config": settings_of(cfg)}
-    result["script"] = SCRIPT
-    result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    result |= {"processes": WORLD, "compiled": cfg.compile}
-    result["seconds"] = {part: round(seconds, 1) for part, seconds in state.seconds.items()}
+    result |= {"afid": afid, "forgetting": forgetting, "config": settings_of(cfg), "script": SCRIPT}
+    result |= {"versions": versions, "processes": WORLD, "compiled": cfg.compile, "seconds": seconds}
     if RANK == 0:
         with whole(cfg.out / "model.pt") as temporary, open(temporary, "wb") as file:
             torch.save(state.model.state_dict(), file)
@@ -1165,8 +1092,7 @@ def save_result(cfg: Settings, state: State) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A line a key, the file whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A line a key, the file whole or not at all."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
     with whole(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -1185,24 +1111,23 @@ def read_result(path: Path) -> dict:
 def table(result: dict) -> str:
     """The FID matrix, AFID and forgetting as lines of text."""
     tasks = len(result["fid_real"])
-    rows = ["after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
+    title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
+    lines = ["", title, "after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
     for row, afid in zip(result["fid"], result["afid"]):
-        cells = [f"{v:9.1f}" if v is not None else " " * 9 for v in [*row, afid]]
-        rows.append(f"{tasks - row.count(None):>10}  " + "".join(cells))
-    rows.append("real images " + "".join(f"{v:9.1f}" for v in result["fid_real"]) + "   (training, not test)")
+        cells = "".join(" " * 9 if v is None else f"{v:9.1f}" for v in [*row, afid])
+        lines.append(f"{tasks - row.count(None):>10}  {cells}")
+    lines.append(f"real images {''.join(f'{v:9.1f}' for v in result['fid_real'])}   (training, not test)")
     energies = [fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
     if energies:
         cells = "".join(f"{result['lam'] * energy:9.3g}" for energy in energies)
-        rows += ["", f"curvature   {cells}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
-    title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
+        lines += ["", f"curvature   {cells}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
-    final = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
-    return "\n".join(["", title, *rows, "", final, ""])
+    lines += ["", f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)", ""]
+    return "\n".join(lines)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A PNG, whole or not at all."""
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -1224,7 +1149,7 @@ def plot_fid(cfg: Settings, state: State) -> None:
 
 
 def save_samples(cfg: Settings, model: UNet, shape, tasks: int, classes: int, device) -> None:
-    """samples-task<k>.png: ten samples of two classes of each task, a class a row, from the same ten noises."""
+    """samples-task<k>.png: ten samples of two classes of each task, a class a row, from the same noises."""
     shown = [task * classes + c for task in range(tasks) for c in range(min(classes, 2))]
     y = torch.tensor(shown, device=device).repeat_interleave(10)
     noise = torch.randn(10, *shape, generator=rng(device, cfg.seed, "picture"), device=device)
@@ -1242,23 +1167,23 @@ def save_samples(cfg: Settings, model: UNet, shape, tasks: int, classes: int, de
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings: the paper's, over them the dataset's row, over it what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.epilog = "(..): the paper's value, which holds if it is not given. The digits, --small and --limit"
-    parser.epilog += " have others: see the rows below SETTINGS in the script."
+    parser.epilog = "(..): the paper's value. The digits, --small and --limit have others: see the script."
     parser.error = stop
     for name, (value, kind, limits, text) in SETTINGS.items():
-        flag, text = f"--{name.replace('_', '-')}", text if value in (None, False) else f"{text} ({value})"
+        flag = f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            text = f"{text} ({value})"
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = limits if kind is str and limits else None
+            choices = METHODS if name == "method" else limits if kind is str else None
             parser.add_argument(flag, type=kind, choices=choices, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
-        kind, limits = SETTINGS[name][1:3]
+        _, kind, limits, _ = SETTINGS[name]
         values = value if kind is numbers else [value] if kind in (int, float) else []
         if not all(limits[0] <= v <= limits[1] for v in values):
-            flag = f"--{name.replace('_', '-')}"
-            stop(f"argument {flag}: must be at least {limits[0]:g} and at most {limits[1]:g}, not {value}")
+            stop(f"--{name.replace('_', '-')} must be from {limits[0]:g} to {limits[1]:g}, not {value}")
     settings = {name: row[0] for name, row in SETTINGS.items()}
     settings |= DATASETS[given.get("dataset", settings["dataset"])]
     small = given.get("small") and settings["channels"] != DIGITS["channels"]  # the digits are small
@@ -1267,8 +1192,6 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
         settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # two classes a task
     cfg = Settings(**settings | given)
-    if cfg.method not in METHODS:
-        stop(f"--method {cfg.method} is not known: choose from {', '.join(METHODS)}")
     penalty = METHODS[cfg.method].penalty
     cfg.lam = cfg.lam if penalty else 0.0
     if cfg.batch_size % (WORLD * cfg.accumulate):
@@ -1297,9 +1220,7 @@ def set_up(cfg: Settings) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
-        stop(
-            f"--device {cfg.device} does not exist for process {RANK}: choose auto, cpu, cuda, cuda:1 or mps"
-        )
+        stop(f"--device {cfg.device} is not there for process {RANK}: choose auto, cpu, cuda, cuda:1 or mps")
     cfg.device = device.type
     made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     cfg.bf16 = made_for_it if cfg.bf16 is None else cfg.bf16
@@ -1353,8 +1274,8 @@ def main(argv: list[str] | None = None) -> dict:
         result = run(cfg, data, features, device)
     except KeyboardInterrupt:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-        command = shlex.join(["torchrun", ".."] if WORLD > 1 else [sys.executable]) + " "
-        command += shlex.join([sys.argv[0], *again])
+        start = ["torchrun", ".."] if WORLD > 1 else [sys.executable]
+        command = shlex.join([*start, sys.argv[0], *again])
         if RANK == 0:
             print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -1363,8 +1284,8 @@ def main(argv: list[str] | None = None) -> dict:
     except torch.OutOfMemoryError:
         stop(f"{cfg.device} has too little memory: raise --accumulate ({cfg.accumulate}) or lower --channels")
     print(table(result))
-    pictures = "samples-task*.png, checkpoint.pt (which may now be removed)"
-    print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {pictures}")
+    others = "samples-task*.png, checkpoint.pt (which may now be removed)"
+    print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {others}")
     return result
 
 
