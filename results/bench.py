@@ -78,7 +78,7 @@ class Bench:
         """Do a piece of work both ways, turn about; print and keep the median seconds and the difference.
 
         aims: how many times as fast ours should be, on a CPU and on a GPU. same_to: the largest difference of
-        the results that is allowed; None where ours is in bfloat16: the plain way then has PyTorch's defaults.
+        the results that is allowed; None where ours is in bfloat16; plain then has PyTorch's defaults.
         """
         seconds = []
         for _ in range(2 if self.quick else 6):
@@ -101,7 +101,7 @@ class Bench:
 
 
 def difference(plain: float | Tensor | tuple, ours: float | Tensor | tuple) -> float:
-    """The largest difference as a share of the largest value, of images the mean one; of a tuple the worst."""
+    """The largest difference as a share of the largest value, of images the mean; of a tuple the worst."""
     if isinstance(plain, tuple):
         return max(difference(a, b) for a, b in zip(plain, ours))
     plain, ours = torch.as_tensor(plain), torch.as_tensor(ours)

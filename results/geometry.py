@@ -29,7 +29,7 @@ PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}  
 
 
 def samples(data: r.Data, n: int, timesteps: tuple[int, int] = r.EVERY_STEP) -> Iterator[tuple]:
-    """Draw n samples, in batches (x0, t, eps, y): the same images and the same noise whatever the timesteps."""
+    """Draw n samples, in batches (x0, t, eps, y): the same images and noise whatever the timesteps."""
     return r.fisher_batches(data.x, data.y, n, r.rng(data.x.device, "figure"), timesteps)
 
 
