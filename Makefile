@@ -51,7 +51,7 @@ $(STUDIES)/%: FORCE | .venv/installed
 	$(call one_run,digits)
 FORCE:
 
-digits: $(call runs,digits,$(METHODS))  ## Table 1 on 8x8 digits, small: two hours on two CPU cores
+digits: $(call runs,digits,$(METHODS))  ## Table 1 on 8x8 digits, small: an hour on two CPU cores
 mnist: $(call runs,mnist,$(METHODS))  ## Table 1 on MNIST, as in the paper: a GPU
 fashion: $(call runs,fashion,$(METHODS))  ## Table 1 on FashionMNIST, as in the paper: a GPU
 cifar10: $(call runs,cifar10,$(METHODS))  ## Table 1 on CIFAR-10, as in the paper: a GPU
