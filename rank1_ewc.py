@@ -1224,7 +1224,7 @@ def set_up(cfg: Settings) -> torch.device:
         stop(f"--device {cfg.device} is not there for process {RANK}: choose auto, cpu, cuda, cuda:1 or mps")
     cfg.device = device.type
     if device.type == "cpu" and sum(cfg.channels) < 100:
-        # One thread takes 41 ms a step of the digits' network, two take 30; beside one busy process, 45 and 149.
+        # A step of the digits' network takes 41 ms with one thread, 30 with two; on a busy machine 45 and 149.
         torch.set_num_threads(1)
     made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     cfg.bf16 = made_for_it if cfg.bf16 is None else cfg.bf16
