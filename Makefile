@@ -83,8 +83,8 @@ lambda: OVER = lam
 lambda: $(call known,gd diag rank1) $(call study,$(foreach l,$(LAMS),rank1+lam=$(l) diag+lam=$(l) rank4+lam=$(l)))
 lambda:  ## AFID and forgetting over lambda, from 0 to far too much
 rank-k: OVER = method
-rank-k: $(call known,gd) $(call study,rank1+lam=1000 rank1-eig+lam=1000 rank2+lam=1000 rank4+lam=1000 rank8+lam=1000)
-rank-k:  ## mu or F's top eigenvectors, 1, 2, 4, 8 of them
+rank-k: $(call known,gd) $(call study,rank1+lam=1000 rank1-eig+lam=1000 rank2+lam=1000 rank4+lam=1000)
+rank-k:  ## mu or F's top eigenvectors, 1, 2, 4 of them
 decoupled: OVER = lam
 decoupled: $(call known,gd) $(call study,$(foreach l,1000 10000,rank1+lam=$(l) rank1+lam=$(l)+form=proximal))
 decoupled:  ## the penalty in the loss against a proximal step after each of Adam's

@@ -22,22 +22,24 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 # cuBLAS reads this when CUDA starts: without it the same seed may give two results on one GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import cleanfid.features
+import filelock
 import numpy as np
 import sklearn.datasets
 import sklearn.model_selection
@@ -49,13 +51,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector as flat
 from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------
-# Settings: one table, a row a setting. A dataset's row, below it, holds only what differs from the paper's
-# main experiments. METHODS, the other table, stands after the functions that its rows name.
+# ---- Settings: a row a setting. A dataset's row, below, holds only what differs from the paper's main
+# experiments. METHODS, the other table, stands after the functions that its rows name.
 
 NUM_STEPS = 1000  # diffusion timesteps
 EVERY_STEP = (0, NUM_STEPS)
@@ -69,7 +69,7 @@ def numbers(text: str) -> list[int]:
 
 COUNT = (1, 10**7)
 SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices if any, help)
-    "dataset": ("digits", str, ("digits", "mnist", "fashion", "cifar10", "imagenet32"), "what is learned"),
+    "dataset": ("digits", str, None, "what is learned: a row of DATASETS"),
     "method": ("rank1", str, None, "how old classes are kept: a row of METHODS"),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
     "tasks": (5, int, COUNT, "the classes are shared out to so many tasks, in label order"),
@@ -82,7 +82,8 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) that a task's Fisher is taken from"),
     "fisher_timesteps": ([*EVERY_STEP], numbers, EVERY_STEP, "the first of their timesteps, and the end"),
     "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher paints"),
-    "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps"),
+    "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps of an image"),
+    "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps of a replayed image (default: sample-steps)"),
     "ema": (0.0, float, (0, 0.99999), "a task ends with the running average of its weights, of this decay"),
     "channels": ([128, 256, 256, 256], numbers, (1, 4096), "channels of the UNet at each level"),
     "layers_per_block": (2, int, (1, 100), "residual blocks a level"),
@@ -104,21 +105,22 @@ DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 wou
 SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10, "channels": [16, 32, 32, 32]}
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
-# A stopped run may go on with another value of these: they change its numbers by rounding alone (and
-# accumulate by the draws of dropout).
+# A stopped run may go on with others of these: they change no more than rounding and the draws of dropout.
 MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
 
 SAMPLE_BATCH = 100  # images painted together
 FISHER_BATCH = 128  # samples of a Fisher computed together
 GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
-CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
 DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
+CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
 
 SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # says which runs come from one code
 
-# torchrun starts WORLD processes of this script, on one machine or several, and numbers them.
-ENV = os.environ if dist.is_torchelastic_launched() else {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+# torchrun starts WORLD processes of this script, on one machine or several, and numbers them. (A cluster may
+# set WORLD_SIZE too, but no LOCAL_RANK: then this process is the only one.)
+TORCHRUN = dist.is_torchelastic_launched() and "LOCAL_RANK" in os.environ
+ENV = os.environ if TORCHRUN else {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 WORLD, RANK, LOCAL_RANK = int(ENV["WORLD_SIZE"]), int(ENV["RANK"]), int(ENV["LOCAL_RANK"])
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "disable": RANK > 0}
 
@@ -141,6 +143,11 @@ def all_sum(v: Tensor) -> Tensor:
     return v
 
 
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All numbers of these tensors as one vector, whatever their memory format; of a model's weights (D,)."""
+    return torch.cat([v.reshape(-1) for v in tensors])
+
+
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
     """A generator of its own for each purpose: one draw more in one place changes no other place."""
     digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
@@ -148,20 +155,22 @@ def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Write to a temporary neighbour that then takes the name: the file is there whole or not at all."""
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour that then takes the name: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".rank1_ewc-{os.getpid()}-{path.name}")
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            yield file
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(None, "no space left?", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Data. Held as uint8, class after class; a task's training images lie on the device while it is learned, and
-# are turned to [-1, 1] a batch at a time.
+# ---- Data. Held as uint8, class after class; a task's training images lie on the device while it is learned,
+# and are turned to [-1, 1] a batch at a time.
 
 
 class Data(NamedTuple):
@@ -192,53 +201,49 @@ def load_digits(_: Path) -> Data:
     return Data(*map(torch.from_numpy, (x, y, test_x, test_y)))
 
 
-def load_torchvision(dataset: type, files: str, folder: str, data_dir: Path) -> Data:
+def load_torchvision(dataset: type, data_dir: Path) -> Data:
     """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing."""
-    try:
-        train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
-        x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
-    except DAMAGED as error:
-        name = f"{dataset.__name__} is missing or damaged, and cannot be downloaded ({error})"
-        stop(f"{name}: put {files} into {data_dir / folder}, or name another folder with --data-dir")
+    train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
+    x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
     if x.ndim == 3:  # (N, 28, 28)
         x, test_x = (F.pad(images, (2, 2, 2, 2))[..., None] for images in (x, test_x))
     return Data(x.permute(0, 3, 1, 2), y, test_x.permute(0, 3, 1, 2), test_y)
 
 
-def read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """A file of ImageNet's -> images (n, 3, 32, 32) uint8, labels (n,) from 0 on. Stops if it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x, y = file["data"], file["labels"].astype(np.int64)  # in channel, row, column order; from 1 on
-        if x.dtype != np.uint8 or x.shape != (len(y), 3072):
-            raise ValueError(f"data is {x.dtype} {x.shape}, not uint8 ({len(y)}, 3072)")
-    except DAMAGED as error:
-        stop(f"{path} is missing or damaged ({error}): put a whole one there, or name another --data-dir")
-    return torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y) - 1
-
-
 def load_imagenet32(data_dir: Path) -> Data:
     """The downsampled ImageNet (arXiv 1707.08819), 3x32x32, from its npz files: 12 GB of host memory."""
-    folder = data_dir / "imagenet32"
-    parts = [read_npz(folder / f"train_data_batch_{i}.npz") for i in range(1, 11)]
-    x, y = map(torch.cat, zip(*parts))
-    return Data(x, y, *read_npz(folder / "val_data.npz"))
+    parts = []
+    for name in [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]:
+        try:
+            with np.load(data_dir / "imagenet32" / name, allow_pickle=False) as file:
+                x, y = file["data"], file["labels"].astype(np.int64)  # in channel, row, column order
+            if x.dtype != np.uint8 or x.shape != (len(y), 3072):
+                raise ValueError(f"data is {x.dtype} {x.shape}, not uint8 ({len(y)}, 3072)")
+        except DAMAGED as error:
+            raise ValueError(f"{name}: {error}") from error
+        parts.append((torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y) - 1))  # labels from 1 on
+    x, y = map(torch.cat, zip(*parts[:-1]))
+    return Data(x, y, *parts[-1])
 
 
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
-LOADERS: dict[str, Callable[[Path], Data]] = {
-    "digits": load_digits,
-    "mnist": partial(load_torchvision, torchvision.datasets.MNIST, IDX, "MNIST/raw"),
-    "fashion": partial(load_torchvision, torchvision.datasets.FashionMNIST, IDX, "FashionMNIST/raw"),
+LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
+    "digits": (load_digits, ""),
+    "mnist": (partial(load_torchvision, torchvision.datasets.MNIST), f"MNIST/raw/{IDX}"),
+    "fashion": (partial(load_torchvision, torchvision.datasets.FashionMNIST), f"FashionMNIST/raw/{IDX}"),
     # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
-    "cifar10": partial(load_torchvision, torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz", ""),
-    "imagenet32": load_imagenet32,
+    "cifar10": (partial(load_torchvision, torchvision.datasets.CIFAR10), "cifar-10-python.tar.gz"),
+    "imagenet32": (load_imagenet32, "imagenet32/{train_data_batch_1..10,val_data}.npz"),
 }
 
 
 def load_data(name: str, data_dir: Path) -> Data:
     """A dataset, class after class. Stops if a class lacks images to learn from, or to test with."""
-    data = LOADERS[name](data_dir)
+    load, files = LOADERS[name]
+    try:
+        data = load(data_dir)
+    except DAMAGED as error:
+        stop(f"{name} is missing or damaged ({error}): put {data_dir / files} there, or name a --data-dir")
     every_class = torch.arange(int(data.y.max()) + 1)
     for y in (data.y, data.test_y):
         classes, counts = y.unique(return_counts=True)
@@ -259,14 +264,12 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
     classes = int(data.y.max()) + 1
     if classes % tasks:
         stop(f"--tasks {tasks}: {classes} classes cannot be shared out equally, choose a divisor")
-    n, test_n = (y.bincount().view(tasks, -1).sum(1).tolist() for y in (data.y, data.test_y))  # of each task
-    parts = zip(data.x.split(n), data.y.split(n), data.test_x.split(test_n), data.test_y.split(test_n))
-    return [Data(*part) for part in parts]
+    n, m = (y.bincount().view(tasks, -1).sum(1).tolist() for y in (data.y, data.test_y))  # of each task
+    return [*map(Data, data.x.split(n), data.y.split(n), data.test_x.split(m), data.test_y.split(m))]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it in
-# the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
+# ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it
+# in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
 
 HEAD_CHANNELS = 8
 
@@ -274,17 +277,16 @@ HEAD_CHANNELS = 8
 class Resnet(nn.Module):
     """Residual block, the time and class embedding added in its middle; `resample` acts on both its paths."""
 
-    def __init__(self, in_channels, out_channels, temb_channels, groups, dropout, resample=None):
+    def __init__(self, c_in, c_out, temb, groups, dropout, resample=None):
         super().__init__()
         self.resample = resample or nn.Identity()
-        self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
@@ -322,42 +324,33 @@ class Resample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2) if self.up else x)
 
 
-class Stage(nn.Module):
-    """A level's residual blocks, attention (or nothing) after each, then perhaps a change of resolution."""
-
-    def __init__(self, resnets, attentions, downsamplers=(), upsamplers=()):
-        super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
-
-
 class UNet(nn.Module):
     """Class-conditional denoiser, forward(x_t, t, y) -> eps. At its defaults the paper's network.
 
-    x_t, eps: (B, in_channels, H, W) with H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int
-    in 0..num_classes-1. Attention stands in the middle and at the third level (8x8 of 32x32), where there is
-    one. 37,191,681 parameters for 1 channel and 10 classes. Raises ValueError if `channels` do not fit.
+    x_t, eps: (B, in_channels, H, W), H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int in
+    0..num_classes-1. Attention is in the middle and at the third level (8x8 of 32x32). 37,191,681 parameters
+    for 1 channel and 10 classes. Raises ValueError if `channels` do not fit.
     """
 
     def __init__(
         self, in_channels, num_classes, channels=(128, 256, 256, 256), layers_per_block=2, dropout=0.0
     ):
         super().__init__()
-        temb, last = 4 * channels[0], len(channels) - 1
+        temb = 4 * channels[0]
         groups = max(8, channels[0] // 4)  # 32 of the paper's 128 channels, 8 of its small network's 16
         multiple = math.lcm(groups, HEAD_CHANNELS)
         if any(c < 1 or c % multiple for c in channels):
             raise ValueError(f"channels {channels} must be multiples of {multiple}, for norms and attention")
+        resnet = partial(Resnet, temb=temb, groups=groups, dropout=dropout)
 
-        def resnet(c_in, c_out, resample=None):
-            return Resnet(c_in, c_out, temb, groups, dropout, resample)
-
-        def attention(level, c):
-            return Attention(c, groups) if level == 2 else nn.Identity()
+        def stage(level, c, inputs):  # a level's residual blocks, and attention (or nothing) after each
+            resnets = nn.ModuleList([resnet(c_in, c) for c_in in inputs])
+            attentions = [Attention(c, groups) if level == 2 else nn.Identity() for _ in inputs]
+            return nn.ModuleDict({"resnets": resnets, "attentions": nn.ModuleList(attentions)})
 
         def resample(level, c, up):  # at the level with attention it is a residual block
             change = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
-            return resnet(c, c, change) if level == 2 else Resample(c, up)
+            return resnet(c, c, resample=change) if level == 2 else Resample(c, up)
 
         self.num_frequencies = channels[0] // 2
         linear_1, linear_2 = nn.Linear(channels[0], temb), nn.Linear(temb, temb)
@@ -368,17 +361,18 @@ class UNet(nn.Module):
         skips = [channels[0]]
         for level, c in enumerate(channels):
             inputs = [skips[-1]] + [c] * (layers_per_block - 1)
-            resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
-            down = [resample(level, c, up=False)] if level < last else []
-            self.down_blocks.append(Stage(resnets, attentions, downsamplers=down))
+            self.down_blocks.append(stage(level, c, inputs))
+            down = [resample(level, c, up=False)] if level + 1 < len(channels) else []
+            self.down_blocks[-1]["downsamplers"] = nn.ModuleList(down)
             skips += [c] * (layers_per_block + len(down))
         below = channels[-1]
-        self.mid_block = Stage([resnet(below, below), resnet(below, below)], [Attention(below, groups)])
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(below, below) for _ in range(2)])})
+        self.mid_block["attentions"] = nn.ModuleList([Attention(below, groups)])
         for level, c in reversed(list(enumerate(channels))):
-            inputs = [i + skips.pop() for i in [below] + [c] * layers_per_block]
-            resnets, attentions = [resnet(i, c) for i in inputs], [attention(level, c) for _ in inputs]
+            inputs = [c_in + skips.pop() for c_in in [below] + [c] * layers_per_block]
+            self.up_blocks.append(stage(level, c, inputs))
             up = [resample(level, c, up=True)] if level > 0 else []
-            self.up_blocks.append(Stage(resnets, attentions, upsamplers=up))
+            self.up_blocks[-1]["upsamplers"] = nn.ModuleList(up)
             below = c
         self.conv_norm_out = nn.GroupNorm(groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
@@ -390,25 +384,24 @@ class UNet(nn.Module):
         temb = self.time_embedding["linear_2"](F.silu(temb)) + self.class_embedding(y)  # (B, 4 channels[0])
         x = self.conv_in(x)
         skips = [x]
-        for stage in self.down_blocks:
-            for resnet, attention in zip(stage.resnets, stage.attentions):
+        for level in self.down_blocks:
+            for resnet, attention in zip(level["resnets"], level["attentions"]):
                 x = attention(resnet(x, temb))
                 skips.append(x)
-            for down in stage.downsamplers:
+            for down in level["downsamplers"]:
                 x = down(x, temb)
                 skips.append(x)
-        x = self.mid_block.attentions[0](self.mid_block.resnets[0](x, temb))
-        x = self.mid_block.resnets[1](x, temb)
-        for stage in self.up_blocks:
-            for resnet, attention in zip(stage.resnets, stage.attentions):
+        first, second = self.mid_block["resnets"]
+        x = second(self.mid_block["attentions"][0](first(x, temb)), temb)
+        for level in self.up_blocks:
+            for resnet, attention in zip(level["resnets"], level["attentions"]):
                 x = attention(resnet(torch.cat([x, skips.pop()], 1), temb))
-            for up in stage.upsamplers:
+            for up in level["upsamplers"]:
                 x = up(x, temb)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, trained to find eps (DDPM, arXiv 2006.11239),
+# ---- Diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, trained to find eps (DDPM, arXiv 2006.11239),
 # sampled in few steps without noise (DDIM, arXiv 2010.02502).
 
 
@@ -451,22 +444,23 @@ def ddim_sample(predict: Callable, noise: Tensor, y: Tensor, steps: int = 50) ->
     return x
 
 
-def sample_images(cfg: Settings, model: nn.Module, noise: Tensor, y: Tensor, name: str) -> Tensor:
+def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, steps=None) -> Tensor:
     """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
     parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH)
     for i in my_share(tqdm(parts, name, leave=False, **BAR)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
-            images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], cfg.sample_steps))
+            images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], steps or cfg.sample_steps))
     return all_sum(images)  # the other processes' images were 0 here
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Fisher: F = E[g g^T], taken after a task on that task's real images, in eval mode, at random timesteps.
-# Rank-1 (Theorem 1): F ~ c* mu mu^T. Rank-K: F ~ sum_j lambda_j v_j v_j^T, its top eigenpairs. Diagonal (EWC,
-# arXiv 1612.00796): F_jj = E[g_j^2]. Their arguments: the model; the task's images x (N, C, H, W) uint8 and
-# classes y (N,); the number n of samples; a generator on their device; the first timestep and the end.
+# ---- Fisher: F = E[g g^T], taken after a task on its real images at random timesteps, in eval mode. Rank-1
+# (Theorem 1): F ~ c* mu mu^T. Rank-K: F ~ sum_j lambda_j v_j v_j^T, its top eigenpairs. Diagonal (EWC, arXiv
+# 1612.00796): F_jj = E[g_j^2]. Arguments: any model; images x (N, C, H, W) uint8, or floats as they are, and
+# classes y (N,); the number n of samples; a generator on their device; the first timestep and the end;
+# loss(predict, x0, t, eps, y) -> (B,), of each sample. FloatingPointError: a gradient is not finite.
+# ValueError: not every weight has a gradient, or the samples none of their own.
 
 
 def dot64(a: Tensor, b: Tensor) -> float:
@@ -479,62 +473,73 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator, timesteps=EVERY_STEP
     rounds = range(math.ceil(n / len(x)))
     chosen = torch.cat([torch.randperm(len(x), generator=generator, device=x.device) for _ in rounds])
     for index in chosen[:n].split(FISHER_BATCH):
-        x0 = to_float(x[index])
+        x0 = to_float(x[index]) if x.dtype == torch.uint8 else x[index]
         yield x0, *draw_noise(x0, generator, timesteps), y[index]
 
 
-def losses_at(model: nn.Module, loss: Callable, batch: Iterable[Tensor], theta: dict[str, Tensor]) -> Tensor:
-    """The batch's losses (B,) as a function of the weights, for torch.func's derivatives."""
-    return loss(lambda *inputs: functional_call(model, theta, inputs), *batch)
+def as_function(model: nn.Module, loss: Callable) -> tuple[dict[str, Tensor], Callable]:
+    """The weights theta by name, and loss_at(theta, batch) -> (B,), for torch.func; sets eval mode."""
+    theta = {name: p.detach() for name, p in model.eval().named_parameters()}
+    if not theta or not all(p.requires_grad for p in model.parameters()):
+        raise ValueError("the Fisher is of all weights: each must need a gradient (model.requires_grad_())")
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(m.running_mean is None for m in batch_norms):
+        raise ValueError("a batch norm without running statistics mixes the samples: use another norm")
+    return theta, lambda theta, batch: loss(lambda *inputs: functional_call(model, theta, inputs), *batch)
 
 
-def rank1_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> tuple[Tensor, Tensor]:
+def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sample_loss) -> tuple:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
     c* is the least-squares coefficient of F on mu mu^T; over the draws that gave mu it would be biased up, as
-    each g_i is part of mu. Time: per batch an ordinary backward pass for mu and a forward-mode derivative
-    for all its mu^T g_i at once. Memory: three vectors (D,) and a batch's activations; no per-sample gradient
-    is ever made.
+    each g_i is part of mu. A batch takes a backward pass for mu, and a forward-mode derivative for all its
+    mu^T g_i at once; memory three vectors (D,) and its activations. No per-sample gradient is ever made.
     """
-    model.eval()
-    theta = {name: p.detach() for name, p in model.named_parameters()}
+    theta, loss_at = as_function(model, loss)
     mu = torch.zeros_like(flat(theta.values()))
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
-        mu += flat(torch.autograd.grad(per_sample_loss(model, *batch).sum(), model.parameters()))
+        g = torch.autograd.grad(loss(model, *batch).sum(), model.parameters(), materialize_grads=True)
+        mu += flat(g)
+        if not mu.isfinite().all():
+            list(gradients(model, [batch], loss))  # raises an error that names the sample
     mu = all_sum(mu) / n
 
     norm = math.sqrt(dot64(mu, mu))
+    if not 0 < norm < math.inf:
+        raise FloatingPointError(f"||mu|| is {norm}: the loss does not depend on the weights, or overflows")
     u = {name: torch.empty_like(p) for name, p in theta.items()}
     vector_to_parameters(mu / norm, u.values())  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
-            loss_at = partial(losses_at, model, per_sample_loss, batch)
-            _, along_u = jvp(loss_at, (theta,), (u,))  # (B,) u^T g_i
+            _, along_u = jvp(partial(loss_at, batch=batch), (theta,), (u,))  # (B,) u^T g_i
         squares += along_u.square().sum()
     return mu, all_sum(squares) / n / norm**2  # E[(mu^T g)^2] / ||mu||^4, as mu = norm u
 
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (b, D): much slower than their sum. loss -> (B,), as per_sample_loss."""
-    theta = {name: p.detach() for name, p in model.named_parameters()}
+    """g_i of every sample, in chunks (b, D): much slower than their sum."""
+    theta, loss_at = as_function(model, loss)
     device = next(model.parameters()).device
     # Making a chunk takes at most 1 GB, or on a GPU a quarter of what is free.
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
     chunk = max(1, memory // (8 * sum(p.numel() for p in theta.values())))
-    gradient = grad(lambda theta, *sample: losses_at(model, loss, [v[None] for v in sample], theta)[0])
+    gradient = grad(lambda theta, *sample: loss_at(theta, [v[None] for v in sample])[0])
     for batch in batches:
         for part in zip(*(v.split(chunk) for v in batch)):
             with sdpa_kernel(SDPBackend.MATH):  # other attention kernels cannot be batched so
                 g = vmap(gradient, in_dims=(None, *(0 for _ in part)))(theta, *part)  # each (b, *shape)
-            yield torch.cat([v.flatten(1) for v in g.values()], 1)
+            g = torch.cat([v.flatten(1) for v in g.values()], 1)
+            for i in (~g.isfinite().all(1)).nonzero().flatten().tolist():
+                sample = f"class {part[3][i]}, timestep {part[1][i]}, loss {loss_at(theta, part)[i]:g}"
+                raise FloatingPointError(f"the gradient of a sample is not finite ({sample})")
+            yield g
 
 
-def diagonal_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP) -> Tensor:
+def diagonal_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sample_loss) -> Tensor:
     """F_jj = E[g_j^2] (D,) over n draws, from the gradients of single samples."""
-    model.eval()
     total = torch.zeros_like(flat(model.parameters()).detach())
-    for g in gradients(model, my_share(fisher_batches(x, y, n, generator, timesteps))):
+    for g in gradients(model, my_share(fisher_batches(x, y, n, generator, timesteps)), loss):
         total += g.square().sum(0)
     return all_sum(total) / n
 
@@ -547,9 +552,8 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G
 
 
-def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> tuple[Tensor, Tensor]:
+def rank_k_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, k=1) -> tuple[Tensor, Tensor]:
     """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from n gradients or as many as fit."""
-    model.eval()
     n = min(n, GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
     if n < k:
         stop(f"rank {k} needs at least {k} gradients, not {n}: raise --fisher-samples or lower --channels")
@@ -558,18 +562,17 @@ def rank_k_fisher(model, x, y, n: int, generator, timesteps=EVERY_STEP, k=1) -> 
     return vectors, values[:k].to(vectors)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After a
-# task, add(Fisher, theta*) takes it in and returns the numbers of it that result.json keeps; while the next
-# is learned, penalty(theta) is a scalar that the loss gets on top.
+# ---- Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After
+# a task, add(Fisher, theta*) takes it in and returns the numbers of it that result.json keeps; while the next
+# is learned, penalty(theta) is a scalar that the loss gets on top. vars(penalty) is what there is to save.
 
 
 class LowRankPenalty:
     """(lam/2) sum_k sum_j c_kj (v_kj^T (theta - theta*_k))^2, over old tasks k and directions j.
 
-    With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs.
-    Kept are the vectors v and the numbers c, and of all theta*_k only the last, the origin, and the numbers
-    offset = v^T (origin - theta*_k): v^T (theta - theta*_k) = v^T (theta - origin) + offset.
+    With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs. Of all
+    theta*_k only the last is kept, the origin, and the numbers offset = v^T (origin - theta*_k):
+    v^T (theta - theta*_k) = v^T (theta - origin) + offset.
     """
 
     def __init__(self, lam: float):
@@ -579,13 +582,11 @@ class LowRankPenalty:
     def add(self, fisher: tuple[Tensor, Tensor], theta_star: Tensor) -> dict[str, float]:
         v, c = torch.atleast_2d(fisher[0]), torch.atleast_1d(fisher[1])
         if self.origin is None:
-            self.v, self.c, self.offset = v, c, torch.zeros_like(c)
-        else:
-            moved = theta_star - self.origin
-            self.offset = self.offset + c.new_tensor([dot64(row, moved) for row in self.v])
-            self.offset = torch.cat([self.offset, torch.zeros_like(c)])
-            self.v, self.c = torch.cat([self.v, v]), torch.cat([self.c, c])  # (directions of all tasks, D)
-        self.origin = theta_star
+            self.v, self.c, self.offset, self.origin = v[:0], c[:0], c[:0], theta_star
+        moved = theta_star - self.origin
+        offset = self.offset + c.new_tensor([dot64(row, moved) for row in self.v])
+        self.offset, self.origin = torch.cat([offset, torch.zeros_like(c)]), theta_star
+        self.v, self.c = torch.cat([self.v, v]), torch.cat([self.c, c])  # (directions of all tasks, D)
         mu_norm, energy = v[0].norm(), c[0] * v[0].norm() ** 2  # energy = mu^T F mu / ||mu||^2
         return {"c_star": float(c[0]), "mu_norm": float(mu_norm), "energy": float(energy)}
 
@@ -596,23 +597,22 @@ class LowRankPenalty:
     def __call__(self, theta: Tensor) -> Tensor:
         return self.lam / 2 * (self.c * self.drift(theta).square()).sum()
 
-    def proximal_step(self, theta: Tensor, eta: float) -> Tensor:
-        """The z that minimizes penalty(z) + ||z - theta||^2 / (2 eta), exactly (Woodbury).
-
-        In the loss, a stiff penalty's gradient enters Adam's second moment and so shrinks the task's steps.
-        Here it does not: it is decoupled from Adam, as the weight decay of AdamW (arXiv 1711.05101).
-        """
-        stiffness = eta * self.lam * self.c.cpu().double()  # (directions,)
+    @torch.no_grad()
+    def proximal_step(self, weights: Iterable[nn.Parameter], eta: float) -> None:
+        """Move the weights theta to the z of least penalty(z) + ||z - theta||^2 / (2 eta) (Woodbury)."""
+        # Decoupled from Adam, as AdamW's weight decay (arXiv 1711.05101): in the loss, a stiff penalty's
+        # gradient enters Adam's second moment and so shrinks the task's steps.
+        weights = list(weights)
+        theta, stiffness = flat(weights), eta * self.lam * self.c.cpu().double()  # (D,), (directions,)
         system = torch.eye(len(stiffness)) + (self.v @ self.v.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
-        return theta - (stiffness * drift).to(theta) @ self.v
+        vector_to_parameters(theta - (stiffness * drift).to(theta) @ self.v, weights)
 
 
 class DiagonalPenalty:
     """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC (arXiv 1612.00796).
 
-    Two vectors and a number for any number of tasks, the square completed: sum_k F_k (theta - theta*_k)^2 =
-    H (theta - center)^2 + rest, with H = sum_k F_k.
+    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + rest, with H = sum_k F_k.
     """
 
     def __init__(self, lam: float):
@@ -656,13 +656,11 @@ METHODS = {
     "rank1-eig": Method(True, True, partial(rank_k_fisher, k=1), LowRankPenalty),
     "rank2": Method(True, True, partial(rank_k_fisher, k=2), LowRankPenalty),
     "rank4": Method(True, True, partial(rank_k_fisher, k=4), LowRankPenalty),
-    "rank8": Method(True, True, partial(rank_k_fisher, k=8), LowRankPenalty),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Generative distillation (arXiv 2311.14028): the teacher, the frozen model of the last task, paints images of
-# all old classes; on these the student imitates the teacher, on the real ones it finds the noise.
+# ---- Generative distillation (arXiv 2311.14028): the teacher, the frozen model of the last task, paints
+# images of all old classes; on these the student imitates the teacher, on the real ones it finds the noise.
 
 
 def replay_pool(cfg: Settings, teacher: UNet, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
@@ -672,7 +670,7 @@ def replay_pool(cfg: Settings, teacher: UNet, shape: tuple, num_old: int) -> tup
     generator = rng(device, cfg.seed, "replay pool")
     noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=device)
     y = torch.arange(num_old, device=device).repeat_interleave(cfg.replay_per_class)
-    return sample_images(cfg, teacher, noise, y, "replay pool"), y
+    return sample_images(cfg, teacher, noise, y, "replay pool", cfg.replay_steps), y
 
 
 def losses(student, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -693,21 +691,17 @@ def losses(student, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> t
     return denoise, distill
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on
+# ---- Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on
 # Inception features or, with no download, on a small classifier's. features(images uint8) -> (N, d) float.
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank1_ewc"
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), both N >= 2.
-
-    With A, B the centred features over sqrt(N - 1) and M = A B^T, the last trace is that of (M M^T)^1/2, from
-    eigenvalues: no matrix square root, which is ten times slower and warns or fails where N < d (singular S).
-    """
+    """||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), both N >= 2."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    # QR's R in A's place: d rows instead of N, and the same A^T A.
+    # With A, B the centred features over sqrt(N - 1), M = A B^T, the last trace is that of (M M^T)^1/2: from
+    # eigenvalues, as a matrix square root is slow and fails where N < d. QR's R has the same A^T A in d rows.
     A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))
     M = A @ B.T
     cross = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
@@ -722,30 +716,20 @@ def in_parts(network: Callable, images: Tensor, device: torch.device) -> np.ndar
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights."""
-    build = cleanfid.features.build_feature_extractor
     try:  # clean-fid (arXiv 2104.11222) resizes so inside the network, as for the published numbers
-        network = build("legacy_tensorflow", device, use_dataparallel=False)
+        network = cleanfid.features.build_feature_extractor("legacy_tensorflow", device, False)
     except DAMAGED as error:
-        weights = f"the Inception weights cannot be loaded or downloaded ({error})"
-        stop(f"{weights}: put a whole inception-2015-12-05.pt into /tmp, or give --fid classifier")
+        stop(f"no Inception weights ({error}): put inception-2015-12-05.pt into /tmp, or --fid classifier")
     return lambda images: in_parts(lambda v: network(v.expand(-1, 3, -1, -1).float()), images, device)
 
 
 def classifier_features(name: str, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, kept in CACHE."""
-    channels, size = data.x.shape[1:3]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
-            nn.SiLU(),  # smooth: a unit that is dead on two classes would make their covariance singular
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(64 * math.ceil(size / 4) ** 2, 64),
-            nn.SiLU(),
-            nn.Linear(64, int(data.y.max()) + 1),
-        ).to(device)
+    torch.manual_seed(0)
+    # SiLU is smooth: a unit that is dead on two classes would make their covariance singular.
+    layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
+    layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
+    model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
     digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
     path = CACHE / f"classifier-{name}-{digest}.pt"
     if not path.exists():
@@ -753,19 +737,17 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
         generator = rng(torch.device("cpu"), "classifier")
         for _ in tqdm(range(1000), desc="classifier for the FID", unit="step", leave=False, **BAR):
             index = torch.randint(len(data.y), (128,), generator=generator)
-            x, y = data.x[index].to(device), data.y[index].to(device)
             optimizer.zero_grad()
-            F.cross_entropy(model(to_float(x)), y).backward()
+            F.cross_entropy(model(to_float(data.x[index].to(device))), data.y[index].to(device)).backward()
             optimizer.step()
-        with whole(path) as temporary, open(temporary, "wb") as file:
+        with whole(path) as file:
             torch.save(model.state_dict(), file)
     try:
         model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
     except DAMAGED as error:
         stop(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again")
-    guesses = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1)
-    right = (guesses == data.test_y.numpy()).mean()
-    print(f"FID features: a classifier of {name}, {right:.1%} right on its test images")
+    right = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1) == data.test_y.numpy()
+    print(f"FID features: a classifier of {name}, {right.mean():.1%} right on its test images")
     return lambda images: in_parts(lambda v: model[:-1](to_float(v)), images, device)
 
 
@@ -775,14 +757,13 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
     AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)). Lower is better.
     Joint training has one row, of all tasks, and forgets nothing: None.
     """
-    afid = [float(np.mean([v for v in row if v is not None])) for row in fid]
-    T = len(fid[-1])
-    return afid, sum(fid[-1][k] - fid[k][k] for k in range(T)) / T if len(fid) == T else None
+    matrix = np.array(fid, dtype=float)  # None becomes nan
+    forgetting = float((matrix[-1] - matrix.diagonal()).mean()) if len(matrix) == len(matrix[0]) else None
+    return np.nanmean(matrix, axis=1).tolist(), forgetting
 
 
-# ----------------------------------------------------------------------------------------------------------
-# A run's state: all that it needs to go on, and what checkpoint.pt holds. No generator is in it: each epoch,
-# each painting and each evaluation draws from a fresh one, seeded by what it is for.
+# ---- A run's state: all that it needs to go on, and what checkpoint.pt holds. No generator is in it: each
+# epoch, each painting and each evaluation draws from a fresh one, seeded by what it is for.
 
 
 @dataclass
@@ -809,9 +790,8 @@ class State:
 def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
     """Before the first step: random weights from the seed."""
     torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
-    channels, num_classes = data.x.shape[1], int(data.y.max()) + 1
     try:
-        model = UNet(channels, num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout).to(device)
+        model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
     except ValueError as error:
         stop(f"--channels: {error}")
     if cfg.compile:
@@ -819,7 +799,7 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
         torch._dynamo.config.recompile_limit = 32  # student and teacher, training and sampling, some sizes
         model.compile()
     penalty = METHODS[cfg.method].penalty
-    return State(model, penalty=penalty(cfg.lam) if penalty else None)
+    return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
 
 
 def begin_task(cfg: Settings, state: State) -> None:
@@ -854,10 +834,10 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
         saved[name] = saved[name].state_dict() if saved[name] else None
     saved["penalty"] = vars(state.penalty) if state.penalty else None
     if RANK == 0:
-        with whole(cfg.out / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
+        with whole(cfg.out / "checkpoint.pt") as file:
             torch.save(saved, file)
-        with whole(cfg.out / "log.jsonl") as temporary:
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in state.log))
+        with whole(cfg.out / "log.jsonl") as file:
+            file.writelines(f"{json.dumps(line)}\n".encode() for line in state.log)
 
 
 def load_checkpoint(cfg: Settings, state: State) -> None:
@@ -881,8 +861,7 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
             raise
         except DAMAGED as error:
             stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
-        done = f"{state.task} of {cfg.tasks} tasks, and {state.epoch} epochs of the next"
-        tqdm.write(f"going on from {path}: done are {done}")
+        tqdm.write(f"going on from {path}: {state.task} of {cfg.tasks} tasks and {state.epoch} epochs done")
     position = torch.tensor([state.task, state.epoch])
     if not torch.equal(all_sum(position.clone()), position * WORLD):
         stop("the processes do not see the same files: --out must be a folder that all of them see")
@@ -898,8 +877,7 @@ def timed(state: State, part: str) -> Iterator[None]:
     state.seconds[part] = state.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training: an epoch's batches, one step, a task, all tasks. L_T, L_GD and the penalty meet in train_step.
+# ---- Training: an epoch's batches, a step, a task, all tasks. L_T, L_GD and the penalty meet in train_step.
 
 
 def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) -> Iterator[tuple]:
@@ -919,10 +897,7 @@ def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) ->
 
 
 def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
-    """One step of Adam on L_T + L_GD + the EWC penalty. -> these three losses (3,).
-
-    batch: x0 (B, C, H, W), t, eps, y; the real images, then as many replayed ones, or real ones alone.
-    """
+    """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,)."""
     parts, step_losses = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device)
     teacher = state.teacher if METHODS[cfg.method].distill else None
     state.optimizer.zero_grad()
@@ -933,38 +908,23 @@ def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
         loss = denoise + distill  # L_T + L_GD
         (loss / parts).backward()
         step_losses[:2] += torch.stack([denoise, distill]).detach() / parts
-    sum_over_processes(state.model, step_losses)
+    if WORLD > 1:  # each process has the losses and gradients of its own rows
+        all_sum(step_losses)
+        grads = [p.grad for p in state.model.parameters()]
+        vector_to_parameters(all_sum(flat(grads)), grads)
     if state.penalty and state.task > 0:  # after the sum: once, and the same in every process
         ewc = state.penalty(flat(state.model.parameters()))
         step_losses[2] = ewc.detach()
         if cfg.form == "loss":
             ewc.backward()
     state.optimizer.step()
-    after_step(cfg, state)
+    if cfg.form == "proximal" and state.task > 0:
+        state.penalty.proximal_step(state.model.parameters(), state.optimizer.param_groups[0]["lr"])
     return step_losses
 
 
-def sum_over_processes(model: nn.Module, step_losses: Tensor) -> None:
-    """Sum the losses and gradients, which each process has of its own rows, to those of the whole batch."""
-    if WORLD > 1:
-        all_sum(step_losses)
-        gradients = [p.grad for p in model.parameters()]
-        vector_to_parameters(all_sum(flat(gradients)), gradients)
-
-
-@torch.no_grad()
-def after_step(cfg: Settings, state: State) -> None:
-    """What follows Adam's step: the penalty's own with --form proximal, and the average with --ema."""
-    if cfg.form == "proximal" and state.task > 0:
-        lr = state.optimizer.param_groups[0]["lr"]
-        theta = state.penalty.proximal_step(flat(state.model.parameters()), lr)
-        vector_to_parameters(theta, state.model.parameters())
-    if cfg.ema:
-        state.average.lerp_(flat(state.model.parameters()), 1 - cfg.ema)
-
-
 def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) -> None:
-    """The epochs of a task, from where the state stands. With --ema it ends with the averaged weights."""
+    """The epochs of a task, from where the state stands. FloatingPointError: a loss is not finite."""
     n, parts, saved = len(task.y), WORLD * cfg.accumulate, time.monotonic()
     if n < parts:
         stop(f"a task has {n} images, too few for {WORLD} processes and --accumulate {cfg.accumulate}")
@@ -979,40 +939,21 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
                     if cfg.lr_decay == "linear":
                         state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
                     epoch_losses.append(train_step(cfg, state, batch))
+                    if cfg.ema:
+                        state.average.lerp_(flat(state.model.parameters()).detach(), 1 - cfg.ema)
                     state.step += 1
                     bar.update()
             state.epoch += 1
-            log_epoch(cfg, state, torch.stack(epoch_losses), bar)
+            means = dict(zip(("denoise", "distill", "ewc"), torch.stack(epoch_losses).mean(0).tolist()))
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(f"task {state.task + 1}'s loss is not finite in epoch {state.epoch}")
+            state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | means)
+            bar.set_postfix({name: f"{v:.4f}" for name, v in means.items() if v}, refresh=False)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(cfg, state)
                 saved = time.monotonic()
-    if cfg.ema:
+    if cfg.ema:  # the task ends with the averaged weights
         vector_to_parameters(state.average.clone(), state.model.parameters())
-
-
-def log_epoch(cfg: Settings, state: State, epoch_losses: Tensor, bar: tqdm) -> None:
-    """The means of an epoch's losses (steps, 3) go to the log and the bar. Stops if one is not finite."""
-    if not epoch_losses.isfinite().all():
-        bar.close()
-        where = f"the loss of task {state.task + 1} is no longer finite in epoch {state.epoch}"
-        stop(f"{where}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
-    means = dict(zip(("denoise", "distill", "ewc"), epoch_losses.mean(0).tolist()))
-    state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | means)
-    bar.set_postfix({name: f"{v:.4f}" for name, v in means.items() if v}, refresh=False)
-
-
-def learn_penalty(cfg: Settings, state: State, task: Data) -> None:
-    """After a task, its Fisher and theta* go to the penalty; c*, ||mu|| and the drift go to the state."""
-    theta = flat(state.model.parameters()).detach()
-    if state.task > 0:
-        state.drift.append(state.penalty.drift(theta).tolist())
-    if state.task + 1 == cfg.tasks:  # after the last task no penalty is needed
-        return
-    generator = rng(task.x.device, cfg.seed, "fisher", state.task)
-    draws = (cfg.fisher_samples, generator, cfg.fisher_timesteps)
-    with torch.compiler.set_stance("force_eager"):  # torch.func cannot derive compiled code
-        fisher = METHODS[cfg.method].fisher(state.model, task.x, task.y, *draws)
-    state.fisher.append(state.penalty.add(fisher, theta))
 
 
 def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, features: Callable, device) -> None:
@@ -1030,14 +971,12 @@ def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, feature
 
 
 def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], device: torch.device) -> dict:
-    """Train task after task and measure after each. Writes into cfg.out and returns what result.json holds.
+    """Train task after task, from a checkpoint on, and measure after each. -> what result.json then holds.
 
-    data: all images, sorted by class; features: images uint8 -> FID features (N, d). From a checkpoint it
-    goes on, on a CPU to the same numbers as if it had never been stopped.
+    data: all images, sorted by class; features: images uint8 -> FID features (N, d).
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     stages = [data] if method.joint else tasks  # what is learned, one after the other
-    classes = (int(data.y.max()) + 1) // cfg.tasks  # of a task
     state = new_state(cfg, data, device)
     load_checkpoint(cfg, state)
     real = [features(task.test_x) for task in tasks]
@@ -1055,48 +994,52 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
         seen = tasks if method.joint else tasks[: k + 1]
         if method.replay and k > 0:
             with timed(state, "replay"):  # the teacher's paintings of all old classes
-                replay = replay_pool(cfg, state.teacher, task.x.shape[1:], k * classes)
+                replay = replay_pool(cfg, state.teacher, task.x.shape[1:], int(task.y.min()))
         train_task(cfg, state, task, replay)
         if method.penalty:
-            with timed(state, "fisher"):
-                learn_penalty(cfg, state, task)
+            theta = flat(state.model.parameters()).detach()
+            if k > 0:
+                state.drift.append(state.penalty.drift(theta).tolist())
+            if k + 1 < cfg.tasks:  # torch.func cannot derive compiled code, so eagerly
+                draws = (cfg.fisher_samples, rng(device, cfg.seed, "fisher", k), cfg.fisher_timesteps)
+                with timed(state, "fisher"), torch.compiler.set_stance("force_eager"):
+                    fisher = method.fisher(state.model, task.x, task.y, *draws)
+                state.fisher.append(state.penalty.add(fisher, theta))
         with timed(state, "fid"):
             evaluate(cfg, state, seen, real, features, device)
-        save_samples(cfg, state.model, task.x.shape[1:], len(seen), classes, device)
-        plot_fid(cfg, state)
+        save_progress(cfg, state, seen, device)
 
         state.task, state.epoch, state.step = k + 1, 0, 0
         state.optimizer = state.teacher = state.average = None  # the next task begins with new ones
         save_checkpoint(cfg, state)
-    return save_result(cfg, state)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What a run shows: result.json, a table, curves, pictures.
-
-
-def save_result(cfg: Settings, state: State) -> dict:
-    """Write model.pt and result.json, and return what this holds."""
-    afid, forgetting = afid_and_forgetting(state.fid)
-    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
-    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    seconds = {part: round(v, 1) for part, v in state.seconds.items()}
-    result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
-    result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
-    result |= {"afid": afid, "forgetting": forgetting, "config": settings_of(cfg), "script": SCRIPT}
-    result |= {"versions": versions, "processes": WORLD, "compiled": cfg.compile, "seconds": seconds}
+    result = result_of(cfg, state)
     if RANK == 0:
-        with whole(cfg.out / "model.pt") as temporary, open(temporary, "wb") as file:
+        with whole(cfg.out / "model.pt") as file:
             torch.save(state.model.state_dict(), file)
         write_json(cfg.out / "result.json", result)
+        (cfg.out / "partial.json").unlink(missing_ok=True)
     return result
+
+
+# ---- What a run shows: result.json (partial.json until all tasks are learned), a table, curves, pictures.
+
+
+def result_of(cfg: Settings, state: State) -> dict:
+    """What result.json holds."""
+    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
+    result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
+    result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
+    result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
+    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": WORLD, "compiled": cfg.compile}
+    result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    return result | {"seconds": {part: round(v, 1) for part, v in state.seconds.items()}}
 
 
 def write_json(path: Path, content: dict) -> None:
     """A line a key, the file whole or not at all."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
-    with whole(path) as temporary:
-        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    with whole(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read_result(path: Path) -> dict:
@@ -1127,58 +1070,40 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """A PNG, whole or not at all."""
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def plot_fid(cfg: Settings, state: State) -> None:
-    """fid.png: each task's FID from the task it was learned in to the last, and their mean, the AFID."""
+def save_progress(cfg: Settings, state: State, tasks: list[Data], device) -> None:
+    """After a task: partial.json, fid.png (each task's FID so far, and their mean), samples-task<k>.png."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     after = [cfg.tasks - row.count(None) for row in state.fid]  # the tasks learned by then
-    for k in range(after[-1]):
-        points = [(j, row[k]) for j, row in zip(after, state.fid) if row[k] is not None]
-        axes.plot(*zip(*points), "o-", alpha=0.7, label=f"task {k + 1}")
+    names = [f"task {k + 1}" for k in range(cfg.tasks)]
+    axes.plot(after, np.array(state.fid, float), "o-", alpha=0.7, label=names)  # None becomes nan: no point
     axes.plot(after, afid_and_forgetting(state.fid)[0], "ks--", label="AFID")
     axes.set(xlabel="after task", ylabel=f"FID (features: {cfg.fid_features})", xticks=after, ylim=(0, None))
     axes.set_title(f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}")
     figure.legend(loc="outside right center")
+    # Of two classes of each task ten samples each, a class a row, from the same noises.
+    y = torch.cat([task.test_y.unique()[:2] for task in tasks]).to(device).repeat_interleave(10)
+    noise = torch.randn(10, *tasks[0].x.shape[1:], generator=rng(device, cfg.seed, "picture"), device=device)
+    images = sample_images(cfg, state.model, noise, y, "pictures").cpu() / 255
+    images = F.interpolate(images, scale_factor=32 // images.shape[-1])  # 32x32 pixels each
     if RANK == 0:
-        save_figure(figure, cfg.out / "fid.png")
-
-
-def save_samples(cfg: Settings, model: UNet, shape, tasks: int, classes: int, device) -> None:
-    """samples-task<k>.png: ten samples of two classes of each task, a class a row, from the same noises."""
-    shown = [task * classes + c for task in range(tasks) for c in range(min(classes, 2))]
-    y = torch.tensor(shown, device=device).repeat_interleave(10)
-    noise = torch.randn(10, *shape, generator=rng(device, cfg.seed, "picture"), device=device)
-    images = sample_images(cfg, model, noise, y, "pictures").cpu() / 255
-    images = F.interpolate(images, scale_factor=32 // shape[-1])  # 32x32 pixels each
-    if RANK == 0:
-        with whole(cfg.out / f"samples-task{tasks}.png") as temporary:
-            torchvision.utils.save_image(images, temporary, nrow=10, pad_value=0.5)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Command line.
+        with whole(cfg.out / "fid.png") as file:
+            figure.savefig(file, dpi=120)
+        with whole(cfg.out / f"samples-task{len(tasks)}.png") as file:
+            torchvision.utils.save_image(images, file, format="png", nrow=10, pad_value=0.5)
+        write_json(cfg.out / "partial.json", result_of(cfg, state))
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings: the paper's, over them the dataset's row, over it what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.epilog = "(..): the paper's value. The digits, --small and --limit have others: see the script."
     parser.error = stop
     for name, (value, kind, limits, text) in SETTINGS.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is not None and value is not False:
-            text = f"{text} ({value})"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            choices = METHODS if name == "method" else limits if kind is str else None
-            parser.add_argument(flag, type=kind, choices=choices, help=text)
+        choices = {"dataset": DATASETS, "method": METHODS}.get(name, limits if kind is str else None)
+        yes_or_no = {"action": argparse.BooleanOptionalAction}
+        options = yes_or_no if kind is bool else {"type": kind, "choices": choices}
+        text = text if value is None or value is False else f"{text} (the paper's: {value})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
         _, kind, limits, _ = SETTINGS[name]
@@ -1193,17 +1118,15 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
         settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # two classes a task
     cfg = Settings(**settings | given)
-    penalty = METHODS[cfg.method].penalty
+    penalty, parts = METHODS[cfg.method].penalty, WORLD * cfg.accumulate
     cfg.lam = cfg.lam if penalty else 0.0
-    if cfg.batch_size % (WORLD * cfg.accumulate):
-        parts = f"{WORLD} processes x --accumulate {cfg.accumulate}"
-        stop(f"--batch-size {cfg.batch_size} must be a multiple of {parts}")
+    if cfg.batch_size % parts:
+        stop(f"--batch-size {cfg.batch_size} must be a multiple of {parts} (processes x --accumulate)")
     if cfg.form == "proximal" and penalty is not LowRankPenalty:
         stop("--form proximal is for the rank methods: leave it out")
     if len(cfg.fisher_timesteps) != 2 or cfg.fisher_timesteps[0] >= cfg.fisher_timesteps[1]:
         stop(f"--fisher-timesteps must be a timestep and a later end, as 0,{NUM_STEPS}")
-    runs = "runs-small" if small else "runs"
-    cfg.out = cfg.out or Path(runs, cfg.dataset, f"{cfg.method}+seed={cfg.seed}")
+    cfg.out = cfg.out or Path("runs-small" if small else "runs", cfg.dataset, f"{cfg.method}+seed={cfg.seed}")
     return cfg
 
 
@@ -1214,21 +1137,19 @@ def set_up(cfg: Settings) -> torch.device:
         sys.stdout = sys.stdout if RANK == 0 else io.StringIO()  # rank 0 speaks for all
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     try:
-        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
         if device.type not in ("cpu", "cuda", "mps") or (WORLD > 1 and name[-1].isdigit()):
             raise RuntimeError  # of several processes each takes its own device
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         stop(f"--device {cfg.device} is not there for process {RANK}: choose auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     cfg.device = device.type
     if device.type == "cpu" and sum(cfg.channels) < 100:
-        # A step of the digits' network takes 41 ms with one thread, 30 with two; on a busy machine 45 and 149.
-        torch.set_num_threads(1)
-    made_for_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
-    cfg.bf16 = made_for_it if cfg.bf16 is None else cfg.bf16
-    cfg.compile = made_for_it if cfg.compile is None else cfg.compile
+        torch.set_num_threads(1)  # a step of 41 ms becomes 30 with two threads, but 149 on a busy machine
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    cfg.bf16 = ampere if cfg.bf16 is None else cfg.bf16
+    cfg.compile = ampere if cfg.compile is None else cfg.compile
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
     return device
@@ -1263,38 +1184,46 @@ def main(argv: list[str] | None = None) -> dict:
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(result["config"], result.get("script"), cfg, finished)
-            print(table(result), f"{finished} is of a finished run (--fresh starts it over)", sep="\n")
+            print(f"{table(result)}\n{finished} is of a finished run (--fresh starts it over)")
             return result
         cfg.out.mkdir(parents=True, exist_ok=True)
-        turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-        for i in range(3):  # one process downloads what is missing, then one of each other machine, then all
-            if i == turn:
-                data, features = prepare(cfg, device)
-            all_sum(torch.zeros(1))  # all wait here
-        if cfg.fresh and RANK == 0:
-            finished.unlink(missing_ok=True)
-            (cfg.out / "checkpoint.pt").unlink(missing_ok=True)
-        cfg.fresh = False  # an interrupted run goes on without it
-        all_sum(torch.zeros(1))
-        result = run(cfg, data, features, device)
-    except KeyboardInterrupt:
+        # The kernel drops this lock if its holder dies.
+        with filelock.FileLock(cfg.out / ".lock", blocking=False) if RANK == 0 else nullcontext():
+            turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+            for i in range(3):  # one process may have to download, then one of each other machine, then all
+                if i == turn:
+                    data, features = prepare(cfg, device)
+                    if cfg.fresh and RANK == 0:
+                        for name in ("result.json", "partial.json", "checkpoint.pt"):
+                            (cfg.out / name).unlink(missing_ok=True)
+                all_sum(torch.zeros(1))  # all wait here
+            cfg.fresh = False  # an interrupted run goes on without it
+            result = run(cfg, data, features, device)
+    except KeyboardInterrupt as interrupt:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-        start = ["torchrun", ".."] if WORLD > 1 else [sys.executable]
-        command = shlex.join([*start, sys.argv[0], *again])
+        command = shlex.join([*(["torchrun", ".."] if WORLD > 1 else [sys.executable]), sys.argv[0], *again])
         if RANK == 0:
             print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
+    except filelock.Timeout:
+        stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")
+    except FloatingPointError as error:
+        stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
     except OSError as error:
         stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror or error})")
     except torch.OutOfMemoryError:
         stop(f"{cfg.device} has too little memory: raise --accumulate ({cfg.accumulate}) or lower --channels")
-    print(table(result))
-    others = "samples-task*.png, checkpoint.pt (which may now be removed)"
-    print(f"In {cfg.out}: result.json, fid.png, log.jsonl, model.pt, {others}")
+    print(f"{table(result)}\nIn {cfg.out}: result.json, fid.png, samples-task<k>.png, log.jsonl, model.pt")
     return result
 
 
+def terminate(number: int, _) -> NoReturn:
+    """A cluster's warning (SIGTERM) ends the run as Ctrl-C does, with a status of its own."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     main()
     if WORLD > 1:
         dist.destroy_process_group()

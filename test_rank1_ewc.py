@@ -11,7 +11,9 @@ import itertools
 import json
 import math
 import pickle
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import cleanfid.fid
+import filelock
 import numpy as np
 import pytest
 import scipy.stats
@@ -236,6 +239,61 @@ def test_diagonal_fisher_matches_per_sample_gradients():
     assert_close_to_its_largest(diagonal, g.square().mean(0), 1e-3)
 
 
+def cross_entropy(predict, x0, t, eps, y):
+    return torch.nn.functional.cross_entropy(predict(x0), y, reduction="none")
+
+
+def test_the_fishers_take_any_loss_of_single_samples_and_floats_as_they_are():
+    x, y = torch.randn(12, 5, generator=generator()), torch.arange(12) % 3
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    mu, c_star = r.rank1_fisher(model, x, y, 12, generator(), loss=cross_entropy)
+    diagonal = r.diagonal_fisher(model, x, y, 12, generator(), loss=cross_entropy)
+    loss = torch.nn.CrossEntropyLoss()
+    grads = [torch.autograd.grad(loss(model(x[[i]]), y[[i]]), model.parameters()) for i in range(12)]
+    g = torch.stack([r.flat(parts) for parts in grads]).double()
+    assert_close_to_its_largest(mu, g.mean(0), 1e-4)
+    assert float(c_star) == pytest.approx(
+        float((g @ g.mean(0)).square().mean() / g.mean(0).norm() ** 4), 1e-3
+    )
+    assert_close_to_its_largest(diagonal, g.square().mean(0), 1e-4)
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def with_a_batch_norm_that_mixes_samples(model):
+    model.norm = torch.nn.BatchNorm2d(1, track_running_stats=False)
+    return model
+
+
+def with_one_broken_class(model):
+    model.class_embedding.weight.data[4] = math.nan
+    return model
+
+
+@pytest.mark.parametrize("fisher", [r.rank1_fisher, r.diagonal_fisher])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (frozen, "all weights requires_grad_"),
+        (with_a_batch_norm_that_mixes_samples, "batch norm running statistics"),
+        (with_one_broken_class, "not finite class 4, timestep loss nan"),
+    ],
+)
+def test_what_the_fishers_cannot_do_they_refuse_and_say_why(fisher, spoil, words):
+    with pytest.raises((ValueError, FloatingPointError)) as refused:
+        fisher(spoil(small_unet()), *small_images(), 6, generator())
+    assert all(word in str(refused.value) for word in words.split())
+
+
+def test_mu_is_refused_if_the_loss_does_not_depend_on_the_weights():
+    with pytest.raises(FloatingPointError, match="does not depend on the weights"):
+        r.rank1_fisher(
+            small_unet(), *small_images(), 6, generator(), loss=lambda *a: 0 * r.per_sample_loss(*a)
+        )
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_rank_k_fisher_is_the_best_of_rank_k_for_the_per_sample_gradients(k):
     (v, values), g, _ = fisher_and_gradients(r.rank_k_fisher, 12, k=k)  # F = g^T g / 12
@@ -347,7 +405,8 @@ def test_diagonal_penalty_its_gradient_and_its_drift_equal_the_formula_with_stor
 def test_the_proximal_step_minimizes_penalty_plus_distance(eta):
     fishers, stars, theta = three_tasks()
     penalty = penalty_of(r.LowRankPenalty, fishers, stars)
-    z = penalty.proximal_step(theta, eta)
+    z = torch.nn.Parameter(theta.clone())
+    penalty.proximal_step([z], eta)
     gradient = value_and_gradient(lambda z: penalty(z) + (z - theta).square().sum() / (2 * eta), z)[1]
     assert gradient.norm() < 1e-3 * value_and_gradient(penalty, theta)[1].norm()
 
@@ -505,7 +564,7 @@ def test_digits_are_all_there_once_about_160_test_images_a_task_and_limit_keeps_
 def test_tasks_hold_every_class_once_in_label_order(monkeypatch, tasks, per_task):
     y = torch.randint(tasks * per_task, (60000,), generator=generator())
     images = y[:, None].expand(-1, 4)  # an image shows its label
-    monkeypatch.setitem(r.LOADERS, "any", lambda _: r.Data(images, y, images[:20000], y[:20000]))
+    monkeypatch.setitem(r.LOADERS, "any", (lambda _: r.Data(images, y, images[:20000], y[:20000]), ""))
     parts = r.split_tasks(r.load_data("any", Path()), tasks)
     for k, part in enumerate(parts):
         for x, labels in ((part.x, part.y), (part.test_x, part.test_y)):
@@ -639,7 +698,8 @@ def test_a_run_from_the_command_line_leaves_its_results(tmp_path):
         picture = torchvision.io.decode_image(str(tmp_path / name)).float()
         assert picture.shape[1:] == size
         assert picture.std() > 1
-    assert set(contents(tmp_path)) == {*sizes, "checkpoint.pt", "log.jsonl", "model.pt", "result.json"}
+    files = {*sizes, "checkpoint.pt", "log.jsonl", "model.pt", "result.json", ".lock"}  # no partial.json
+    assert set(contents(tmp_path)) == files
 
 
 @pytest.mark.slow
@@ -718,10 +778,16 @@ def test_the_papers_settings_hold_but_for_a_datasets_row_then_small_then_limit_t
 
 def test_an_unfinished_file_never_takes_the_place_of_a_whole_one(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt), r.whole(tmp_path / "file") as temporary:
-        temporary.write_text("ne")
+    with pytest.raises(KeyboardInterrupt), r.whole(tmp_path / "file") as file:
+        file.write(b"ne")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_a_disk_that_fills_up_while_tensors_are_saved_is_an_error_of_that_file(tmp_path):
+    with pytest.raises(OSError, match=r"model\.pt"), r.whole(tmp_path / "model.pt"):
+        raise RuntimeError("unexpected pos")  # by torch.save
+    assert contents(tmp_path) == {}
 
 
 # ---- runs that survive
@@ -750,14 +816,14 @@ def interrupted(folder, what, nth, *argv):
 @pytest.mark.parametrize(
     ("what", "nth", "argv", "at"),
     [
-        ("train_step", 7, "--dropout=0.1", "1 of 5 tasks, and 0 epochs"),
-        ("train_step", 11, "--dropout=0.1", "1 of 5 tasks, and 1 epochs"),
-        ("frechet_distance", 7, "--dropout=0.1", "1 of 5 tasks, and 2 epochs"),
-        ("write_json", 1, "--dropout=0.1", "5 of 5 tasks, and 0 epochs"),  # all is done but the result
-        ("train_step", 16, "--method=joint --lr-decay=linear", "0 of 5 tasks, and 1 epochs"),
-        ("train_step", 11, "--method=replay --lr-decay=linear", "1 of 5 tasks, and 1 epochs"),
-        ("train_step", 11, "--method=diag-only", "1 of 5 tasks, and 1 epochs"),
-        ("train_step", 11, "--form=proximal --ema=0.9", "1 of 5 tasks, and 1 epochs"),
+        ("train_step", 7, "--dropout=0.1", "1 of 5 tasks and 0 epochs"),
+        ("train_step", 11, "--dropout=0.1", "1 of 5 tasks and 1 epochs"),
+        ("frechet_distance", 7, "--dropout=0.1", "1 of 5 tasks and 2 epochs"),
+        ("write_json", 6, "--dropout=0.1", "5 of 5 tasks and 0 epochs"),  # all is done but the result
+        ("train_step", 16, "--method=joint --lr-decay=linear", "0 of 5 tasks and 1 epochs"),
+        ("train_step", 11, "--method=replay --lr-decay=linear", "1 of 5 tasks and 1 epochs"),
+        ("train_step", 11, "--method=diag-only", "1 of 5 tasks and 1 epochs"),
+        ("train_step", 11, "--form=proximal --ema=0.9", "1 of 5 tasks and 1 epochs"),
     ],
 )
 def test_ctrl_c_prints_a_command_that_ends_the_run_the_same(tmp_path, finished, capsys, what, nth, argv, at):
@@ -766,12 +832,50 @@ def test_ctrl_c_prints_a_command_that_ends_the_run_the_same(tmp_path, finished, 
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("rank1_ewc: interrupted")
     r.main(shlex.split(last.split(": ")[-1])[2:])  # without --fresh, which would begin again
-    assert f"{tmp_path / 'checkpoint.pt'}: done are {at}" in capsys.readouterr().out
+    assert f"{tmp_path / 'checkpoint.pt'}: {at}" in capsys.readouterr().out
     whole = finished(*argv)
     assert read_result(tmp_path) | {"seconds": None} == read_result(whole) | {"seconds": None}
     assert read_log(tmp_path) == read_log(whole)
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (tmp_path, whole)]
     torch.testing.assert_close(*models, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_finished_shows_what_it_has(tmp_path):
+    interrupted(tmp_path, "train_step", 9)  # in the third task
+    result = json.loads((tmp_path / "partial.json").read_text())
+    assert len(result["fid"]) == len(result["afid"]) == 2
+    assert result["forgetting"] is None
+    assert {"fid.png", "samples-task2.png"} <= contents(tmp_path).keys()
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(tmp_path, finished, capsys):
+    shutil.copytree(finished(*LONGER), tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+    with filelock.FileLock(tmp_path / ".lock"):
+        assert f"{tmp_path}" in refusal(capsys, *QUICK, *LONGER, "--fresh", "--out", tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_at_once_as_ctrl_c_does_with_its_own_status(tmp_path):
+    command = [sys.executable, str(SCRIPT), *QUICK, "--epochs=100000", "--out", str(tmp_path)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "task 1/5" not in run.stderr.readline(40):
+        pass
+    run.terminate()
+    printed = run.communicate(timeout=30)[1]
+    assert run.returncode == 143
+    assert shlex.join(command) in printed.splitlines()[-1]
+
+
+def test_world_size_without_torchrun_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters set it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left over")
+    show = "import rank1_ewc as r; print(r.WORLD, r.RANK)"
+    done = subprocess.run([sys.executable, "-c", show], cwd=SCRIPT.parent, capture_output=True, check=True)
+    assert done.stdout.split() == [b"1", b"0"]
 
 
 @needs_cuda
@@ -845,7 +949,7 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tmp_path,
         (tmp_path / file).write_bytes(written)
         error = refusal(capsys, *QUICK, *LONGER, flag, "--out", tmp_path)
         assert all(word in error for word in [*words.split(), str(tmp_path / file), "--fresh"])
-        assert contents(tmp_path) == {file: written}
+        assert contents(tmp_path)[file] == written
 
 
 # ---- more than one process
@@ -895,6 +999,25 @@ def test_processes_that_do_not_see_the_same_files_are_stopped(capsys, monkeypatc
     with pytest.raises(SystemExit):
         r.load_checkpoint(cfg, state)
     assert "same files" in capsys.readouterr().err
+
+
+# ---- the README's programs
+
+BLOCKS = re.findall("```python\n(.*?)```", SCRIPT.with_name("README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", range(len(BLOCKS)))
+def test_the_readmes_programs_run_as_they_stand(monkeypatch, k):
+    if "diffusers" in BLOCKS[k]:
+        pytest.importorskip("diffusers", reason="diffusers is not installed")
+    for split, c, i in itertools.product(("train", "test"), "abcd", range(4)):
+        path = Path("photos", split, c, f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torchvision.io.write_png(torch.randint(256, (3, 50, 40)).to(torch.uint8), str(path))
+    before = BLOCKS[:k] if "model" in BLOCKS[k] else []  # it goes on with the names of the first
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    subprocess.run([sys.executable, "-c", "".join([*before, BLOCKS[k]])], check=True)
 
 
 # ---- what makes it fast

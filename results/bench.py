@@ -2,6 +2,7 @@
 
     python -m results.bench            # a quarter of an hour on a CPU; writes results/bench-<device>.json
     python -m results.bench --quick    # small sizes, once each, in seconds; writes only what --to FILE names
+    python -m results.bench --growth   # what runs of 2, 5 and 10 tasks cost; writes results/growth.json, .png
 
 The plain way is what a reader of the paper would write first: a loop over samples, over tasks, over classes,
 around diffusers' network and sampler where diffusers is installed. Each piece of work is done in both ways,
@@ -12,9 +13,12 @@ it is the paper's, and ours trains and samples compiled and in bfloat16, as a ru
 import argparse
 import copy
 import io
+import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +29,7 @@ from pathlib import Path
 import cleanfid.fid
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -306,12 +311,84 @@ def short_runs(device: torch.device) -> dict[str, list[float]]:
     return found
 
 
+def run_of_tasks(tasks: int, method: str, epochs: int) -> dict:
+    """Run digits in so many tasks, in a process of its own. -> its seconds by part and what it took up."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--method {method} --tasks {tasks} --epochs {epochs} --device cpu --out {folder}"
+        command = [sys.executable, r.__file__, *flags.split()]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            r.stop(f"{' '.join(command)} failed: try it by hand")
+        result = json.loads(Path(folder, "result.json").read_text())
+        steps = [json.loads(line)["step"] for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        row = {"method": method, "tasks": tasks, "steps": sum(steps[epochs - 1 :: epochs])}
+        row["checkpoint MB"] = Path(folder, "checkpoint.pt").stat().st_size / 2**20
+    return row | {"memory MB": usage.ru_maxrss / 2**10, "seconds": result["seconds"]}
+
+
+def penalty_share_of_a_step(tasks: int) -> float:
+    """Time 200 steps of the digits' network in the last of so many tasks, with the penalty and without."""
+    cfg = r.parse_args(["--device", "cpu", "--method", "rank1"])
+    data, device = r.load_data("digits", cfg.data_dir), r.set_up(cfg)
+    state = r.new_state(cfg, data, device)
+    state.task = 1
+    r.begin_task(cfg, state)
+    theta = r.flat(state.model.parameters()).detach()
+    for k in range(tasks - 1):
+        mu = torch.randn(theta.shape, generator=r.rng(device, "mu", k))
+        state.penalty.add((mu, theta.new_tensor(1e-6)), theta)
+    task = r.split_tasks(data, cfg.tasks)[1]
+    batch = next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
+    seconds, penalty = {True: [], False: []}, state.penalty
+    for i in range(200):
+        state.penalty = penalty if i % 2 else None
+        started = time.perf_counter()
+        r.train_step(cfg, state, batch)
+        seconds[state.penalty is not None].append(time.perf_counter() - started)
+    return 1 - float(np.median(seconds[False]) / np.median(seconds[True]))
+
+
+def growth(to: Path, counts: tuple = (2, 5, 10), epochs: int = 27) -> dict:
+    """What a run costs as its ten classes come in more tasks: print, draw and write it."""
+    rows = [run_of_tasks(tasks, method, epochs) for method in ("gd", "diag", "rank1") for tasks in counts]
+    shares = {tasks: penalty_share_of_a_step(tasks) for tasks in counts}
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for method in ("gd", "diag", "rank1"):
+        own = [row for row in rows if row["method"] == method]
+        x = [row["tasks"] for row in own]
+        for axes, name in zip(panels, ("memory MB", "checkpoint MB")):
+            axes.plot(x, [row[name] for row in own], "o-", label=method)
+            axes.set(xlabel="tasks", ylabel=name, ylim=(0, None))
+    own = [row for row in rows if row["method"] == "rank1"]
+    for part in ("train", "replay", "fisher", "fid"):
+        panels[2].plot([row["tasks"] for row in own], [row["seconds"][part] for row in own], "o-", label=part)
+    panels[2].set(xlabel="tasks", ylabel="seconds of the run (rank1)", ylim=(0, None))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"digits, {epochs} epochs a task")
+    for row in rows:
+        print(json.dumps(row))
+    for tasks, share in shares.items():
+        print(f"rank-1's share of a training step in the last of {tasks} tasks: {share:.1%}")
+    with r.whole(to.with_suffix(".png")) as file:
+        figure.savefig(file, dpi=120)
+    content = {"epochs": epochs, "runs": rows, "rank-1's share of a step": shares, "script": r.SCRIPT}
+    r.write_json(to.with_suffix(".json"), content)
+    return content
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Print a line for each piece of work, write them, and return them by name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, once each, no short runs")
     parser.add_argument("--to", type=Path, help="file to write (default: results/bench-<device>.json)")
+    parser.add_argument("--growth", action="store_true", help="what more tasks cost, and nothing else")
     given = parser.parse_args(argv)
+    if given.growth:
+        return growth(given.to or Path(__file__).with_name("growth"))
     if given.quick:
         torch.set_num_threads(1)  # small work in several threads is slow wherever anything else is running
     r.BAR["disable"], bench = True, Bench(given.quick)

@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     figure.suptitle(f"{run}: {size}", fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
-    r.save_figure(figure, Path(f"{name}.png"))
+    with r.whole(Path(f"{name}.png")) as file:
+        figure.savefig(file, dpi=120)
     print(f"Of the model in {args.run}: {name}.png, {name}.json")
 
 

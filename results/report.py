@@ -10,6 +10,7 @@ second results/lambda.json and results/lambda.png. A row is a method, named with
 
 import argparse
 import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ CURVES = {  # the paper's Figure 4: AFID after tasks 1 to 5, and its standard er
     ("cifar10", "rank1"): ((37.6, 48.4, 51.5, 53.0, 50.5), (1.0, 1.0, 1.3, 0.4, 1.2)),
 }
 MEASURES = ("AFID", "forgetting", "FID of a task just learned")
-OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps", "fisher_from", "curvature"}  # gd has none
+OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps"}  # gd has none
 METHODS, DATASETS = list(r.METHODS), list(r.DATASETS)
 COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan", "crimson"]
 LEGEND = "Mean ± standard error over the seeds; curvature: mean lambda c* ||mu||^2; *: the authors' files."
@@ -243,11 +244,11 @@ def report(folder: Path) -> None:
         notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
     text = "\n".join([markdown(table), LEGEND, *notes, ""])
     print(text, markdown(differences), sep="\n")
-    with r.whole(folder / "table1.md") as temporary:
-        temporary.write_text(text)
+    with r.whole(folder / "table1.md") as file:
+        file.write(text.encode())
     for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
-        with r.whole(folder / path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+        with r.whole(folder / path) as file, io.TextIOWrapper(file, newline="") as text_file:
+            writer = csv.DictWriter(text_file, columns)
             writer.writeheader()
             writer.writerows(lines)
     print(f"In {folder}: table1.md, table1.csv, paired.csv, figure4.png, figure5-<dataset>.png")
@@ -278,7 +279,8 @@ def plot_afid(groups: dict[tuple[str, str], Rows], path: Path) -> None:
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes.grid(alpha=0.3)
         axes.legend(title="row (seeds)", fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    r.save_figure(figure, path)
+    with r.whole(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
@@ -306,7 +308,8 @@ def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
             elif k == tasks or not name.startswith("joint"):
                 axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes)
     figure.suptitle(f"{dataset}, seed {seed}")
-    r.save_figure(figure, path)
+    with r.whole(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
 def distinguishing(runs: Sequence[dict], over: str) -> list[str]:
     """The settings, as few as suffice, that besides `over` tell apart the runs of a method."""
     chosen = []
-    for name in [*PAPER, "fisher_from", "curvature"]:
+    for name in PAPER:
         values = {}  # of the runs that look alike so far
         for run in runs:
             alike = tuple(run["settings"].get(other) for other in ["method", *chosen])
@@ -387,7 +390,8 @@ def plot_lines(table: list[dict], over: str, path: Path) -> None:
         axes.set(xlabel=over, ylabel=f"{measure}\n({features[i]})")
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    r.save_figure(figure, path)
+    with r.whole(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
