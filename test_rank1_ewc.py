@@ -1228,6 +1228,14 @@ def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(t
     assert (tmp_path / "new" / "lambda.png").stat().st_size > 10_000
 
 
+def test_a_text_includes_the_tables_as_their_files_now_are(tmp_path):
+    Path("table.md").write_text("| new |\n")
+    text = "before\n<!-- include: table.md -->\n{}<!-- end -->\nafter\n"
+    (tmp_path / "README.md").write_text(2 * text.format("| old |\n"))
+    report.main(["--include", str(tmp_path / "README.md")])
+    assert (tmp_path / "README.md").read_text() == 2 * text.format("| new |\n")
+
+
 @pytest.mark.slow
 def test_bench_does_the_same_work_both_ways(tmp_path, monkeypatch):
     monkeypatch.setitem(r.BAR, "disable", True)

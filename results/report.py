@@ -2,9 +2,11 @@
 
     python -m results.report RUNS                                        # every finished run below a folder
     python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting
+    python -m results.report --include README.md          # renew the tables that a text includes, from files
 
-The first writes table1.md, table1.csv, paired.csv, figure4.png and figure5-<dataset>.png into RUNS, the
-second results/lambda.json and results/lambda.png. A row is a method, named with the flags that set it apart
+The first writes table1.md, table1.csv, paired.md, paired.csv, figure4.png and figure5-<dataset>.png into
+RUNS, the second results/lambda.md, .json and .png. In a text, all between a line "<!-- include: FILE -->" and
+the next "<!-- end -->" is FILE as it now is; FILE's path starts at the checkout's root. A row is a method, named with the flags that set it apart
 ("gd --ema 0.99"); its runs differ in the seed alone. Only result.json and samples-task*.png are read.
 """
 
@@ -12,6 +14,7 @@ import argparse
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations, cycle
@@ -91,7 +94,7 @@ def read_run(folder: Path) -> dict:
     except r.DAMAGED as error:
         r.stop(f"{path} is damaged or lacks parts ({type(error).__name__}: {error}): leave it out")
     unused = set() if method.penalty else OF_PENALTY
-    unused = unused if method.replay else unused | {"replay_per_class"}
+    unused = unused if method.replay else unused | {"replay_per_class", "replay_steps"}
     settings = {name: value for name, value in settings.items() if name not in unused} | {"tasks": tasks}
     return run | {"folder": folder, "settings": settings, "measures": measures, "curvature": curvature}
 
@@ -244,14 +247,15 @@ def report(folder: Path) -> None:
         notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
     text = "\n".join([markdown(table), LEGEND, *notes, ""])
     print(text, markdown(differences), sep="\n")
-    with r.whole(folder / "table1.md") as file:
-        file.write(text.encode())
+    for path, content in (("table1.md", text), ("paired.md", markdown(differences))):
+        with r.whole(folder / path) as file:
+            file.write(content.encode())
     for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
         with r.whole(folder / path) as file, io.TextIOWrapper(file, newline="") as text_file:
             writer = csv.DictWriter(text_file, columns)
             writer.writeheader()
             writer.writerows(lines)
-    print(f"In {folder}: table1.md, table1.csv, paired.csv, figure4.png, figure5-<dataset>.png")
+    print(f"In {folder}: table1.md, table1.csv, paired.md, paired.csv, figure4.png, figure5-<dataset>.png")
 
 
 def plot_afid(groups: dict[tuple[str, str], Rows], path: Path) -> None:
@@ -346,11 +350,17 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         differences += [row | difference for difference in paired(rows[key], runs)]
         row["seeds"] = [run["seed"] for run in rows[key]]
         table.append(row | means(rows[key]) | {"FID features": key[2]})
-    for shown in (table, differences):
-        print(markdown([row | {over: None if row[over] is None else str(row[over])} for row in shown]))
+    shown = [
+        [row | {over: None if row[over] is None else str(row[over])} for row in t]
+        for t in (table, differences)
+    ]
+    text = "\n".join(map(markdown, shown))
+    print(text)
+    with r.whole(Path(f"{to}.md")) as file:
+        file.write(text.encode())
     r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
     plot_lines(table, over, Path(f"{to}.png"))
-    print(f"In {to}.json, {to}.png")
+    print(f"In {to}.md, {to}.json, {to}.png")
 
 
 def plot_lines(table: list[dict], over: str, path: Path) -> None:
@@ -394,6 +404,15 @@ def plot_lines(table: list[dict], over: str, path: Path) -> None:
         figure.savefig(file, dpi=120)
 
 
+def include(text: Path) -> None:
+    """Renew in a text what stands between "<!-- include: FILE -->" and "<!-- end -->", from FILE."""
+    parts = re.split(r"(<!-- include: (.+?) -->\n).*?(<!-- end -->)", text.read_text(), flags=re.DOTALL)
+    for i in range(1, len(parts), 4):  # before, the opening line, FILE, the closing line, ..
+        parts[i + 1] = Path(parts[i + 1]).read_text()
+    with r.whole(text) as file:
+        file.write("".join(parts).encode())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Report on all runs below a folder or, with --over, compare runs over a setting."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -401,11 +420,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below; or runs")
     parser.add_argument("--over", choices=PAPER, help="the setting that runs are compared over")
     parser.add_argument("--to", type=Path, help="a comparison goes to TO.json and TO.png")
+    parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
-    if (args.over is None) != (args.to is None) or (args.over is None and len(args.runs) > 1):
+    if not args.include and (
+        (args.over is None) != (args.to is None) or (not args.over and len(args.runs) > 1)
+    ):
         r.stop("name one folder that finished runs lie below; or runs, with --over SETTING and --to NAME")
     try:
-        compare(args.runs, args.over, args.to) if args.over else report(args.runs[0])
+        if args.over:
+            compare(args.runs, args.over, args.to)
+        for path in args.runs if not args.over else []:
+            include(path) if args.include else report(path)
     except OSError as error:
         r.stop(f"{error.filename or error} cannot be read or written")
 
