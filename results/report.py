@@ -422,15 +422,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, help="a comparison goes to TO.json and TO.png")
     parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
-    if not args.include and (
-        (args.over is None) != (args.to is None) or (not args.over and len(args.runs) > 1)
-    ):
-        r.stop("name one folder that finished runs lie below; or runs, with --over SETTING and --to NAME")
+    if (args.over is None) != (args.to is None) or (args.over and args.include):
+        r.stop("name folders that finished runs lie below; or runs, with --over SETTING and --to NAME")
     try:
         if args.over:
             compare(args.runs, args.over, args.to)
-        for path in args.runs if not args.over else []:
-            include(path) if args.include else report(path)
+        else:
+            for path in args.runs:
+                include(path) if args.include else report(path)
     except OSError as error:
         r.stop(f"{error.filename or error} cannot be read or written")
 
