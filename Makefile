@@ -35,6 +35,9 @@ test-fast: .venv/installed
 bench: .venv/installed  ## the plain way against ours, line by line, to results/bench-<device>.json
 	$(PY) -m results.bench $(EXTRA)
 
+growth: .venv/installed  ## what runs of 2, 5 and 10 tasks cost, to results/growth.json
+	$(PY) -m results.bench --growth
+
 lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/pip install --quiet ruff==0.17.6
 	.venv/bin/ruff check --line-length 110 .
@@ -72,8 +75,24 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 	$(PY) -m results.geometry vae $(MODEL) --data-dir $(DATA)
 
 LEARNED = $(addprefix $(STUDIES)/joint+,epochs=3+seed=0 epochs=27+seed=0 lr=2e-4+lr-decay=none+seed=0)
+movement: $(MODEL)  ## how the weights move along mu while the second task is learned (the settings of MODEL)
+	$(PY) -m results.geometry movement $(MODEL)
 fig3-training: $(LEARNED)  ## Figure 3 of models that have learned less: does convergence decide what it shows?
 	$(foreach run,$^,$(PY) -m results.geometry 3 $(run) --to results/figure3-$(notdir $(run)) &&) true
+
+# Digits in two regimes, five seeds each; and the second's rate and lambda, searched on a seed of its own.
+falling:  ## rank-1 EWC against GD at the demo's learning rate, falling to 0: an hour on two CPU cores
+	$(MAKE) digits SEEDS="0 1 2 3 4" RUNS=results/falling METHODS="joint gd rank1"
+constant:  ## the same at a constant rate, and with an average of the weights: two hours
+	$(MAKE) digits SEEDS="0 1 2 3 4" RUNS=results/constant EXTRA="--lr 1e-3 --lr-decay none" \
+	METHODS="gd rank1+lam=100 gd+ema=0.99 rank1+lam=100+ema=0.99"
+results/search/%: FORCE | .venv/installed
+	$(call one_run,digits)
+RATES = $(patsubst %,results/search/gd+lr=%+lr-decay=none+seed=100,3e-4 6e-4 1e-3)
+LAMBDAS = $(patsubst %,results/search/rank1+lam=%+lr=1e-3+lr-decay=none+seed=100,10 100 1000)
+search: $(RATES) $(LAMBDAS)  ## which rate and which lambda at a constant rate, on seed 100
+	$(PY) -m results.report $(RATES) --over lr --to results/search/rate
+	$(PY) -m results.report $(lastword $(RATES)) $(LAMBDAS) --over lam --to results/search/lambda
 
 # What the paper leaves open, on digits: runs that differ in one setting, compared over it.
 study = $(foreach s,$(SEEDS),$(foreach flags,$(1),$(STUDIES)/$(flags)+seed=$(s)))
@@ -114,5 +133,10 @@ COMPARED = lambda rank-k decoupled regime mu-samples mu-timesteps teacher pool b
 $(COMPARED):
 	$(PY) -m results.report $^ --over $(OVER) --to results/$@
 
+check-numbers: search  ## the tables of the runs in results/ anew, and those that the READMEs include
+	$(PY) -m results.report results/falling/digits results/constant/digits
+	$(PY) -m results.report --include README.md results/README.md
+	git diff --stat --exit-code -- '*.md' '*.csv'
+
 .PHONY: help demo test test-fast bench lint digits mnist fashion cifar10 imagenet table1 fig1 fig2 fig3 fig4 fig5
-.PHONY: fashion-small vae fig3-training mu FORCE $(COMPARED)
+.PHONY: fashion-small vae fig3-training movement growth falling constant search mu check-numbers FORCE $(COMPARED)

@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
@@ -105,7 +106,7 @@ DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 wou
 SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10, "channels": [16, 32, 32, 32]}
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
-# A stopped run may go on with others of these: they change no more than rounding and the draws of dropout.
+# Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
 MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
 
 SAMPLE_BATCH = 100  # images painted together
@@ -488,12 +489,17 @@ def as_function(model: nn.Module, loss: Callable) -> tuple[dict[str, Tensor], Ca
     return theta, lambda theta, batch: loss(lambda *inputs: functional_call(model, theta, inputs), *batch)
 
 
+def contiguous(_: nn.Module, inputs: tuple) -> tuple:
+    """A hook before each module of a network: its inputs in PyTorch's usual memory format."""
+    return tuple(v.contiguous() if torch.is_tensor(v) else v for v in inputs)
+
+
 def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sample_loss) -> tuple:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
-    c* is the least-squares coefficient of F on mu mu^T; over the draws that gave mu it would be biased up, as
-    each g_i is part of mu. A batch takes a backward pass for mu, and a forward-mode derivative for all its
-    mu^T g_i at once; memory three vectors (D,) and its activations. No per-sample gradient is ever made.
+    c* is the least-squares coefficient of F on mu mu^T. Over the draws that gave mu it would be biased up, as
+    mu^T g_i then contains ||g_i||^2 / n. A batch takes one backward pass for mu, and one forward-mode
+    derivative for all its mu^T g_i at once: no gradient of a single sample is ever made.
     """
     theta, loss_at = as_function(model, loss)
     mu = torch.zeros_like(flat(theta.values()))
@@ -511,7 +517,8 @@ def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sampl
     vector_to_parameters(mu / norm, u.values())  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
+        # Other attention kernels have no forward mode, and its group norm takes no other memory format.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), register_module_forward_pre_hook(contiguous):
             _, along_u = jvp(partial(loss_at, batch=batch), (theta,), (u,))  # (B,) u^T g_i
         squares += along_u.square().sum()
     return mu, all_sum(squares) / n / norm**2  # E[(mu^T g)^2] / ||mu||^4, as mu = norm u
@@ -563,15 +570,15 @@ def rank_k_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, k=1) -> tuple
 
 
 # ---- Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After
-# a task, add(Fisher, theta*) takes it in and returns the numbers of it that result.json keeps; while the next
-# is learned, penalty(theta) is a scalar that the loss gets on top. vars(penalty) is what there is to save.
+# a task, add(Fisher, theta*) stores it and returns its numbers for result.json; drift(theta) says how far the
+# weights then move; penalty(theta) is a scalar on top of the next task's loss. vars(penalty) is all of it.
 
 
 class LowRankPenalty:
     """(lam/2) sum_k sum_j c_kj (v_kj^T (theta - theta*_k))^2, over old tasks k and directions j.
 
-    With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs. Of all
-    theta*_k only the last is kept, the origin, and the numbers offset = v^T (origin - theta*_k):
+    With the one direction mu_k and c*_k it is the paper's rank-1 EWC; or with F_k's top eigenpairs. Only the
+    newest theta* is kept, as the origin, and for each direction the number offset = v^T (origin - theta*_k):
     v^T (theta - theta*_k) = v^T (theta - origin) + offset.
     """
 
@@ -587,7 +594,8 @@ class LowRankPenalty:
         offset = self.offset + c.new_tensor([dot64(row, moved) for row in self.v])
         self.offset, self.origin = torch.cat([offset, torch.zeros_like(c)]), theta_star
         self.v, self.c = torch.cat([self.v, v]), torch.cat([self.c, c])  # (directions of all tasks, D)
-        mu_norm, energy = v[0].norm(), c[0] * v[0].norm() ** 2  # energy = mu^T F mu / ||mu||^2
+        mu_norm = v[0].norm()
+        energy = c[0] * mu_norm**2  # mu^T F mu / ||mu||^2; of rank K lambda_1
         return {"c_star": float(c[0]), "mu_norm": float(mu_norm), "energy": float(energy)}
 
     def drift(self, theta: Tensor) -> Tensor:
@@ -599,7 +607,7 @@ class LowRankPenalty:
 
     @torch.no_grad()
     def proximal_step(self, weights: Iterable[nn.Parameter], eta: float) -> None:
-        """Move the weights theta to the z of least penalty(z) + ||z - theta||^2 / (2 eta) (Woodbury)."""
+        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / 2 eta (Woodbury)."""
         # Decoupled from Adam, as AdamW's weight decay (arXiv 1711.05101): in the loss, a stiff penalty's
         # gradient enters Adam's second moment and so shrinks the task's steps.
         weights = list(weights)
@@ -653,9 +661,9 @@ METHODS = {
     "diag": Method(replay=True, distill=True, fisher=diagonal_fisher, penalty=DiagonalPenalty),
     "rank1": Method(replay=True, distill=True, fisher=rank1_fisher, penalty=LowRankPenalty),
     # Beyond the paper's table: F's top eigenvector in mu's place, and its top K.
-    "rank1-eig": Method(True, True, partial(rank_k_fisher, k=1), LowRankPenalty),
-    "rank2": Method(True, True, partial(rank_k_fisher, k=2), LowRankPenalty),
-    "rank4": Method(True, True, partial(rank_k_fisher, k=4), LowRankPenalty),
+    "rank1-eig": Method(True, True, fisher=partial(rank_k_fisher, k=1), penalty=LowRankPenalty),
+    "rank2": Method(True, True, fisher=partial(rank_k_fisher, k=2), penalty=LowRankPenalty),
+    "rank4": Method(True, True, fisher=partial(rank_k_fisher, k=4), penalty=LowRankPenalty),
 }
 
 
@@ -819,10 +827,11 @@ def settings_of(cfg: Settings) -> dict:
 
 def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
     """Stop if `path` is of a run with other settings; say so if it is of another version of this script."""
-    for name, value in settings_of(cfg).items():
-        if name in SETTINGS and settings.get(name) != value:
-            flag = f"--{name.replace('_', '-')} {settings.get(name)}"
-            stop(f"{path} was made with {flag}, not {value}: --fresh starts over, --out names another folder")
+    for name, (default, *_) in SETTINGS.items():
+        old, new = settings.get(name, default), getattr(cfg, name)
+        if old != new and name not in MAY_CHANGE:
+            made = f"{path} was made with --{name.replace('_', '-')} {old}, not {new}"
+            stop(f"{made}: --fresh starts over, --out names another folder")
     if script != SCRIPT:
         tqdm.write(f"note: {path} was made by another version of this script (--fresh starts over)")
 
@@ -901,11 +910,11 @@ def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
     parts, step_losses = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device)
     teacher = state.teacher if METHODS[cfg.method].distill else None
     state.optimizer.zero_grad()
-    # Rows are dealt out to the processes and their --accumulate turns: each part is half real, half replayed.
+    # Part i takes the rows i, i + parts, ..: each part is half real, half replayed, like the whole batch.
     for i in range(RANK, parts, WORLD):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # for tensor cores
             denoise, distill = losses(state.model, teacher, *(v[i::parts].contiguous() for v in batch))
-        loss = denoise + distill  # L_T + L_GD
+        loss = denoise + distill  # L_T + L_GD; backward() adds to the gradients that the penalty then adds to
         (loss / parts).backward()
         step_losses[:2] += torch.stack([denoise, distill]).detach() / parts
     if WORLD > 1:  # each process has the losses and gradients of its own rows
@@ -926,9 +935,9 @@ def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
 def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) -> None:
     """The epochs of a task, from where the state stands. FloatingPointError: a loss is not finite."""
     n, parts, saved = len(task.y), WORLD * cfg.accumulate, time.monotonic()
-    if n < parts:
-        stop(f"a task has {n} images, too few for {WORLD} processes and --accumulate {cfg.accumulate}")
-    size = min(cfg.batch_size, n // parts * parts)
+    size = min(cfg.batch_size, n)
+    if size % parts:
+        stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
     steps, name = cfg.epochs * (n // size), f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
     with tqdm(initial=state.step, total=steps, desc=name, unit="step", **BAR) as bar:
         while state.epoch < cfg.epochs:
@@ -1085,7 +1094,7 @@ def save_progress(cfg: Settings, state: State, tasks: list[Data], device) -> Non
     y = torch.cat([task.test_y.unique()[:2] for task in tasks]).to(device).repeat_interleave(10)
     noise = torch.randn(10, *tasks[0].x.shape[1:], generator=rng(device, cfg.seed, "picture"), device=device)
     images = sample_images(cfg, state.model, noise, y, "pictures").cpu() / 255
-    images = F.interpolate(images, scale_factor=32 // images.shape[-1])  # 32x32 pixels each
+    images = F.interpolate(images, scale_factor=max(1, 32 // images.shape[-1]))  # 32x32 pixels each
     if RANK == 0:
         with whole(cfg.out / "fid.png") as file:
             figure.savefig(file, dpi=120)
@@ -1096,13 +1105,14 @@ def save_progress(cfg: Settings, state: State, tasks: list[Data], device) -> Non
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings: the paper's, over them the dataset's row, over it what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    epilog = "(..): the paper's value, or else the default. The digits, --small and --limit have others."
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=epilog, allow_abbrev=False)
     parser.error = stop
     for name, (value, kind, limits, text) in SETTINGS.items():
         choices = {"dataset": DATASETS, "method": METHODS}.get(name, limits if kind is str else None)
         yes_or_no = {"action": argparse.BooleanOptionalAction}
         options = yes_or_no if kind is bool else {"type": kind, "choices": choices}
-        text = text if value is None or value is False else f"{text} (the paper's: {value})"
+        text = text if value is None or value is False else f"{text} ({value})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
@@ -1112,7 +1122,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
             stop(f"--{name.replace('_', '-')} must be from {limits[0]:g} to {limits[1]:g}, not {value}")
     settings = {name: row[0] for name, row in SETTINGS.items()}
     settings |= DATASETS[given.get("dataset", settings["dataset"])]
-    small = given.get("small") and settings["channels"] != DIGITS["channels"]  # the digits are small
+    small = given.get("small") and settings["channels"] != DIGITS["channels"]  # digits are small
     settings |= SMALL if small else {}
     if "limit" in given:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
@@ -1159,7 +1169,9 @@ def prepare(cfg: Settings, device: torch.device) -> tuple[Data, Callable[[Tensor
     """The data, and the features of the FID; cfg.fid_features becomes their name."""
     data, levels = load_data(cfg.dataset, cfg.data_dir), len(cfg.channels)
     split_tasks(data, cfg.tasks)  # stops, if it does, before the classifier is trained
-    size = data.x.shape[-1]
+    height, size = data.x.shape[2:]
+    if height != size:
+        stop(f"{cfg.dataset} has images of {height}x{size} pixels: they must be square")
     if size % 2 ** (levels - 1) or size == 2 ** (levels - 1):  # a group norm needs more than one pixel
         stop(f"--channels: {levels} levels, each of half the size, do not fit {size}x{size} images")
     if device.type == "cpu" and sum(cfg.channels) > 256:
@@ -1194,7 +1206,7 @@ def main(argv: list[str] | None = None) -> dict:
                 if i == turn:
                     data, features = prepare(cfg, device)
                     if cfg.fresh and RANK == 0:
-                        for name in ("result.json", "partial.json", "checkpoint.pt"):
+                        for name in ("result.json", "partial.json", "checkpoint.pt", "model.pt"):
                             (cfg.out / name).unlink(missing_ok=True)
                 all_sum(torch.zeros(1))  # all wait here
             cfg.fresh = False  # an interrupted run goes on without it

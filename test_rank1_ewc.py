@@ -258,6 +258,21 @@ def test_the_fishers_take_any_loss_of_single_samples_and_floats_as_they_are():
     assert_close_to_its_largest(diagonal, g.square().mean(0), 1e-4)
 
 
+def test_mu_and_c_star_of_diffusers_network_are_those_of_ours():
+    ours, theirs, (images, labels) = r.UNet(1, 10, (16, 32), 1), diffusers_unet((16, 32), 1), small_images()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.register_forward_hook(lambda module, inputs, output: output.sample)
+    found = [r.rank1_fisher(model, images, labels, 6, generator()) for model in (ours, theirs)]
+    order = [name for name, _ in theirs.named_parameters()]
+    weights = dict(zip((name for name, _ in ours.named_parameters()), found[0][0].split(sizes_of(ours))))
+    assert_close_to_its_largest(r.flat(weights[name] for name in order), found[1][0].double(), 1e-3)
+    assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-3)
+
+
+def sizes_of(model):
+    return [p.numel() for p in model.parameters()]
+
+
 def frozen(model):
     return model.requires_grad_(False)
 
@@ -1087,7 +1102,7 @@ def test_proposition_1_in_figure_1_the_best_denoiser_goes_from_the_image_to_the_
     mean, std, y = [0.3, -0.5], 0.2, torch.arange(1000) % 2  # every pixel of class y is N(mean[y], std^2)
     noise = torch.randn(1000, 1, 4, 4, generator=generator())
     x = r.to_uint8(torch.tensor(mean)[y][:, None, None, None] + std * noise)
-    numbers, _ = geometry.figure_1(gaussian_denoiser(mean, std), r.Data(x, y, x, y))
+    numbers, _ = geometry.figure_1(gaussian_denoiser(mean, std), r.Data(x, y, x, y), None)
     abar, mean_image = r.alphas_cumprod(CPU)[numbers["t"]], (0.3**2 + 0.5**2) / 2
     low, high = ((abar * limit).tolist() for limit in (mean_image + std**2, mean_image))
     assert numbers["low noise"] == pytest.approx(low, rel=0.02)
@@ -1115,7 +1130,7 @@ def test_a_vaes_loss_is_squared_error_and_weighted_divergence_from_a_normal_dist
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["1", "2", "3", "vae"])
+@pytest.mark.parametrize("figure", geometry.FIGURES)
 def test_a_figure_of_a_finished_run_is_its_numbers_and_a_picture(tmp_path, finished, monkeypatch, figure):
     monkeypatch.setattr(r, "GRADIENTS", 20)
     monkeypatch.setattr(geometry, "TIMES", [100, 700])
@@ -1124,7 +1139,7 @@ def test_a_figure_of_a_finished_run_is_its_numbers_and_a_picture(tmp_path, finis
     before = contents(run)
     geometry.main([figure, str(run), "--to", str(to)])
     numbers = json.loads(to.with_suffix(".json").read_text())
-    assert numbers["samples"] == 20
+    assert numbers["samples"] == (200 if figure == "movement" else 20)
     assert (numbers["config"]["method"], numbers["config"]["channels"]) == ("rank1", [8])
     assert torchvision.io.decode_image(str(to.with_suffix(".png"))).float().std() > 1
     assert contents(run) == before

@@ -1,14 +1,16 @@
 """What a trained model says about its Fisher F = E[g g^T]: the paper's Figures 1 to 3, and its VAE control.
 
-    python -m results.geometry {1,2,3,vae} RUN [--to NAME] [--data-dir data] [--device auto]
+    python -m results.geometry {1,2,3,vae,movement} RUN [--to NAME] [--data-dir data] [--device auto]
 
-RUN is the folder of a finished run of rank1_ewc.py. Writes NAME.png and, the numbers, NAME.json.
+RUN is the folder of a finished run of rank1_ewc.py. Writes NAME.png and, the numbers, NAME.json. `movement`
+takes only its settings: it learns the first two tasks anew, and watches the steps of the second.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t and mu_t
 those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F.
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -49,7 +51,7 @@ def add_legend(axes: Axes, ncols: int = 5) -> None:
 
 
 @torch.no_grad()
-def figure_1(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
+def figure_1(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figure]:
     """Show MSE(x_t, sqrt(1 - abar_t) eps_hat) at each t, and where Proposition 1 has it.
 
     Tweedie: of the best denoiser, x_t - sqrt(1 - abar_t) eps_hat = sqrt(abar_t) E[x_0 | x_t, y]. At high
@@ -124,7 +126,7 @@ def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[list[dict], T
     return list(numbers), torch.stack(mu), torch.stack(cos)
 
 
-def figure_2(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
+def figure_2(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figure]:
     """Show |cos(g_i, mu_t)|, which Proposition 2 has at 1; its mean above, also for F_t's top eigenvector.
 
     Gradients of equal length, orthogonal to each other, have a cosine of N^-1/2 with their mean.
@@ -147,7 +149,7 @@ def figure_2(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     return numbers | {"cos": cos.round(decimals=4).tolist()}, figure
 
 
-def figure_3(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
+def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figure]:
     """Show (a) cosines of mu_s and mu_t, (b, c) F_t's eigenvalues, (d) errors of approximations of F_t."""
     at_times, mu, cos = geometry_at_each_time(model, data)
     n, directions = cos.shape[1], F.normalize(mu)  # (times, D)
@@ -218,7 +220,7 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
     return history
 
 
-def figure_vae(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
+def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figure]:
     """Show the share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
     n, numbers = gradients_that_fit(model), {"steps": VAE_STEPS}
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -241,10 +243,82 @@ def figure_vae(model: nn.Module, data: r.Data) -> tuple[dict, Figure]:
     return {"samples": n} | numbers, figure
 
 
+def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor) -> dict[str, list[float]]:
+    """Learn the second task from a state at the first's end, and watch each step along the unit vector u.
+
+    -> after each step: "position" u^T (theta - theta*); "average", the same of the weights' running average
+    with decay 0.99; "share" of the step's squared length that lies along u. cfg.lr_decay is as in a run.
+    """
+    state = copy.deepcopy(state)
+    state.task, state.epoch, state.step = 1, 0, 0
+    r.begin_task(cfg, state)
+    theta_star = theta = average = r.flat(state.model.parameters()).detach()
+    shape, num_old = tasks[1].x.shape[1:], int(tasks[1].y.min())
+    replay = r.replay_pool(cfg, state.teacher, shape, num_old)
+    watched = {"position": [], "average": [], "share": []}
+    size = min(cfg.batch_size, len(tasks[1].y))
+    steps = cfg.epochs * (len(tasks[1].y) // size)
+    state.model.train()
+    for epoch in tqdm(range(cfg.epochs), f"lambda {state.penalty.lam:g}", unit="epoch", **r.BAR):
+        state.epoch = epoch
+        for batch in r.epoch_batches(cfg, state, tasks[1], replay, size):
+            if cfg.lr_decay == "linear":
+                state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
+            r.train_step(cfg, state, batch)
+            state.step += 1
+            before, theta = theta, r.flat(state.model.parameters()).detach()
+            average = torch.lerp(average, theta, 0.01)
+            move = theta - before
+            watched["position"].append(float(u @ (theta - theta_star)))
+            watched["average"].append(float(u @ (average - theta_star)))
+            watched["share"].append(float((u @ move).square() / move.square().sum()))
+    return watched
+
+
+def figure_movement(model: nn.Module, data: r.Data, cfg: r.Settings) -> tuple[dict, Figure]:
+    """Show how the weights move along mu of the first task while the second is learned, lambda 0 and lambda.
+
+    return: the correlation of a step along mu with the step before: -0.5 if the positions are pure noise.
+    """
+    tasks, state = r.split_tasks(data, cfg.tasks), r.new_state(cfg, data, data.x.device)
+    r.begin_task(cfg, state)
+    r.train_task(cfg, state, tasks[0], None)
+    generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
+    fisher = r.rank1_fisher(state.model, tasks[0].x, tasks[0].y, cfg.fisher_samples, generator)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = {"samples": cfg.fisher_samples, "weights": len(fisher[0])}
+    for i, lam in enumerate((0.0, cfg.lam)):
+        state.penalty = r.LowRankPenalty(lam)
+        state.penalty.add(fisher, r.flat(state.model.parameters()).detach())
+        watched = second_task(cfg, state, tasks, F.normalize(fisher[0], dim=0))
+        moves = torch.tensor(watched["position"]).diff()
+        numbers[f"lambda {lam:g}"] = {
+            "share": sum(watched["share"]) / len(watched["share"]),
+            "return": float(torch.corrcoef(torch.stack([moves[1:], moves[:-1]]))[0, 1]),
+            "spread": float(torch.tensor(watched["position"])[len(moves) // 2 :].std()),
+            "spread of the average": float(torch.tensor(watched["average"])[len(moves) // 2 :].std()),
+        } | watched
+        left.plot(watched["position"], color=f"C{i}", lw=0.8, label=rf"weights, $\lambda$ = {lam:g}")
+        left.plot(
+            watched["average"], "--", color=f"C{i}", label=rf"their average (0.99), $\lambda$ = {lam:g}"
+        )
+        window = max(1, len(watched["share"]) // 30)
+        smooth = torch.tensor(watched["share"]).unfold(0, window, window).mean(1)
+        middles = window * torch.arange(len(smooth)) + window // 2
+        right.plot(middles, smooth, "o-", ms=3, label=rf"$\lambda$ = {lam:g}")
+    right.axhline(1 / numbers["weights"], color="grey", ls=":", label="a random direction")
+    left.set(xlabel="step of the second task", ylabel=r"$u^T(\theta - \theta^*)$, $u = \mu / \|\mu\|$")
+    right.set(xlabel="step of the second task", ylabel="share of a step along $u$", yscale="log")
+    add_legend(left, ncols=2)
+    add_legend(right, ncols=3)
+    return numbers, figure
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Command line.
 
-FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": figure_vae}
+FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": figure_vae, "movement": figure_movement}
 
 
 def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Module, r.Data]:
@@ -278,9 +352,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
     cfg, model, data = load_run(args.run, args.data_dir, args.device)
-    numbers, figure = FIGURES[args.figure](model, data)
+    numbers, figure = FIGURES[args.figure](model, data, cfg)
     run = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr:g}"
-    size = f"{len(r.flat(model.parameters())):,} weights, {numbers['samples']:,} samples a timestep"
+    size = f"{len(r.flat(model.parameters())):,} weights, {numbers['samples']:,} samples"
+    size += "" if args.figure == "movement" else " a timestep"
     figure.suptitle(f"{run}: {size}", fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
