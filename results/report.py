@@ -170,8 +170,12 @@ def paired(runs: Sequence[dict], against: Sequence[dict]) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table, its columns as wide as their widest cell: a mean's standard error behind it, "-" for None."""
-    lines = [[name for name in rows[0] if not name.endswith("s.e.")]] if rows else []
+    """A table, its columns as wide as their widest cell: a mean's standard error behind it, "-" for None.
+
+    Columns of None alone are left out.
+    """
+    names = [name for name in (rows[0] if rows else []) if any(row[name] is not None for row in rows)]
+    lines = [[name for name in names if not name.endswith("s.e.")]]
     for row in rows:
         cells = []
         for name in lines[0]:
@@ -183,6 +187,19 @@ def markdown(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line) + "\n"
+
+
+def differences_table(lines: Sequence[dict]) -> str:
+    """Show the paired differences, a row a row of runs: mean (low to high), the 95% interval of the mean."""
+    rows = {}
+    for line in lines:
+        name = tuple((key, str(value)) for key, value in line.items() if key not in PAIRED[3:])
+        interval = "" if line["low"] is None else f" ({line['low']:.2f} to {line['high']:.2f})"
+        row = rows.setdefault(name, dict(name) | {"seeds": line["seeds"]})
+        row[f"{line['measure']}: difference"] = f"{line['mean']:+.2f}{interval}"
+    return markdown(
+        [dict.fromkeys(f"{name}: difference" for name in MEASURES) | row for row in rows.values()]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -246,8 +263,8 @@ def report(folder: Path) -> None:
     if len(scripts) > 1 or "unknown" in scripts:
         notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
     text = "\n".join([markdown(table), LEGEND, *notes, ""])
-    print(text, markdown(differences), sep="\n")
-    for path, content in (("table1.md", text), ("paired.md", markdown(differences))):
+    print(text, differences_table(differences), sep="\n")
+    for path, content in (("table1.md", text), ("paired.md", differences_table(differences))):
         with r.whole(folder / path) as file:
             file.write(content.encode())
     for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
@@ -350,11 +367,8 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         differences += [row | difference for difference in paired(rows[key], runs)]
         row["seeds"] = [run["seed"] for run in rows[key]]
         table.append(row | means(rows[key]) | {"FID features": key[2]})
-    shown = [
-        [row | {over: None if row[over] is None else str(row[over])} for row in t]
-        for t in (table, differences)
-    ]
-    text = "\n".join(map(markdown, shown))
+    shown = [row | {over: None if row[over] is None else str(row[over])} for row in table]
+    text = f"{markdown(shown)}\n{differences_table(differences)}"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
