@@ -191,15 +191,13 @@ def markdown(rows: list[dict]) -> str:
 
 def differences_table(lines: Sequence[dict]) -> str:
     """Show the paired differences, a row a row of runs: mean (low to high), the 95% interval of the mean."""
-    rows = {}
+    columns, rows = dict.fromkeys(f"{name}: difference" for name in MEASURES), {}
     for line in lines:
-        name = tuple((key, str(value)) for key, value in line.items() if key not in PAIRED[3:])
+        names = {key: str(value) for key, value in line.items() if key not in PAIRED[3:]}
+        row = rows.setdefault(tuple(names.values()), names | {"seeds": line["seeds"]} | columns)
         interval = "" if line["low"] is None else f" ({line['low']:.2f} to {line['high']:.2f})"
-        row = rows.setdefault(name, dict(name) | {"seeds": line["seeds"]})
         row[f"{line['measure']}: difference"] = f"{line['mean']:+.2f}{interval}"
-    return markdown(
-        [dict.fromkeys(f"{name}: difference" for name in MEASURES) | row for row in rows.values()]
-    )
+    return markdown(list(rows.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------
