@@ -85,7 +85,7 @@ falling:  ## rank-1 EWC against GD at the demo's learning rate, falling to 0: an
 	$(MAKE) digits SEEDS="0 1 2 3 4" RUNS=results/falling METHODS="joint gd rank1"
 constant:  ## the same at a constant rate, and with an average of the weights: two hours
 	$(MAKE) digits SEEDS="0 1 2 3 4" RUNS=results/constant EXTRA="--lr 1e-3 --lr-decay none" \
-	METHODS="gd rank1+lam=100 gd+ema=0.99 rank1+lam=100+ema=0.99"
+	METHODS="gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99"
 results/search/%: FORCE | .venv/installed
 	$(call one_run,digits)
 RATES = $(patsubst %,results/search/gd+lr=%+lr-decay=none+seed=100,3e-4 6e-4 1e-3)

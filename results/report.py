@@ -409,7 +409,7 @@ def plot_lines(table: list[dict], over: str, path: Path) -> None:
             axes.margins(x=0.1)
         elif positive and max(positive) > 10 * min(positive):
             axes.set_xscale("symlog", linthresh=min(positive)) if 0 in values else axes.set_xscale("log")
-        axes.set(xlabel=over, ylabel=f"{measure}\n({features[i]})")
+        axes.set(xlabel=f"--{over.replace('_', '-')}", ylabel=f"{measure}\n({features[i]})")
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     with r.whole(path) as file:
