@@ -27,10 +27,12 @@ help:  ## this list
 demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: FID table and pictures in runs/
 	$(PY) rank1_ewc.py $(EXTRA)
 
+# Two at once, as each test is content with one core.
+PYTEST = $(PY) -m pytest -q -n 2 -W ignore::DeprecationWarning -W ignore::pytest.PytestUnknownMarkWarning test_rank1_ewc.py
 test: .venv/installed  ## the tests; test-fast: the formulas alone, without whole runs
-	$(PY) -m pytest -q -W ignore::DeprecationWarning -W ignore::pytest.PytestUnknownMarkWarning test_rank1_ewc.py
+	$(PYTEST)
 test-fast: .venv/installed
-	$(PY) -m pytest -q -W ignore::DeprecationWarning -W ignore::pytest.PytestUnknownMarkWarning -m "not slow" test_rank1_ewc.py
+	$(PYTEST) -m "not slow"
 
 bench: .venv/installed  ## the plain way against ours, line by line, to results/bench-<device>.json
 	$(PY) -m results.bench $(EXTRA)
