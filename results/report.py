@@ -4,10 +4,11 @@
     python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting
     python -m results.report --include README.md          # renew the tables that a text includes, from files
 
-The first writes table1.md, table1.csv, paired.md, paired.csv, figure4.png and figure5-<dataset>.png into
-RUNS, the second results/lambda.md, .json and .png. In a text, all between a line "<!-- include: FILE -->" and
-the next "<!-- end -->" is FILE as it now is; FILE's path starts at the checkout's root. A row is a method, named with the flags that set it apart
-("gd --ema 0.99"); its runs differ in the seed alone. Only result.json and samples-task*.png are read.
+The first writes table1.md, table1.csv, paired.md, paired.csv, summary.md, figure4.png and
+figure5-<dataset>.png into RUNS, the second results/lambda.md, .json and .png. A row is a method, named with
+the flags that set it apart ("gd --ema 0.99"); its runs differ in the seed alone. Only result.json and
+samples-task*.png are read. In a text, all between a line "<!-- include: FILE -->" and the next "<!-- end -->"
+becomes FILE as it now is, its path from the checkout's root on.
 """
 
 import argparse
@@ -189,15 +190,15 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line) + "\n"
 
 
-def differences_table(lines: Sequence[dict]) -> str:
-    """Show the paired differences, a row a row of runs: mean (low to high), the 95% interval of the mean."""
+def differences_table(lines: Sequence[dict]) -> list[dict]:
+    """Put the paired differences in words, a row a row of runs: mean (low to high), the mean's 95% interval."""
     columns, rows = dict.fromkeys(f"{name}: difference" for name in MEASURES), {}
     for line in lines:
         names = {key: str(value) for key, value in line.items() if key not in PAIRED[3:]}
         row = rows.setdefault(tuple(names.values()), names | {"seeds": line["seeds"]} | columns)
         interval = "" if line["low"] is None else f" ({line['low']:.2f} to {line['high']:.2f})"
         row[f"{line['measure']}: difference"] = f"{line['mean']:+.2f}{interval}"
-    return markdown(list(rows.values()))
+    return list(rows.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -261,8 +262,10 @@ def report(folder: Path) -> None:
     if len(scripts) > 1 or "unknown" in scripts:
         notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
     text = "\n".join([markdown(table), LEGEND, *notes, ""])
-    print(text, differences_table(differences), sep="\n")
-    for path, content in (("table1.md", text), ("paired.md", differences_table(differences))):
+    print(text, markdown(differences_table(differences)), sep="\n")
+    shown = differences_table(differences)
+    texts = {"table1.md": text, "paired.md": markdown(shown), "summary.md": markdown(summary(table, shown))}
+    for path, content in texts.items():
         with r.whole(folder / path) as file:
             file.write(content.encode())
     for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
@@ -271,6 +274,20 @@ def report(folder: Path) -> None:
             writer.writeheader()
             writer.writerows(lines)
     print(f"In {folder}: table1.md, table1.csv, paired.md, paired.csv, figure4.png, figure5-<dataset>.png")
+
+
+def summary(table: Sequence[dict], differences: Sequence[dict]) -> list[dict]:
+    """Join the rows of Table 1 that have runs with their differences from GD, in few columns."""
+    columns, rows = ("against", f"{MEASURES[0]}: difference", f"{MEASURES[1]}: difference"), []
+    for row in table:
+        names = ("dataset", "method", "seeds", "AFID", "AFID s.e.", "forgetting", "forgetting s.e.")
+        found = [
+            line for line in differences if all(line[name] == row[name] for name in ("dataset", "method"))
+        ]
+        if row["seeds"]:
+            paired_with = found[0] if found else {}
+            rows.append({n: row[n] for n in names} | {n: paired_with.get(n) for n in columns})
+    return rows
 
 
 def plot_afid(groups: dict[tuple[str, str], Rows], path: Path) -> None:
@@ -366,7 +383,7 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         row["seeds"] = [run["seed"] for run in rows[key]]
         table.append(row | means(rows[key]) | {"FID features": key[2]})
     shown = [row | {over: None if row[over] is None else str(row[over])} for row in table]
-    text = f"{markdown(shown)}\n{differences_table(differences)}"
+    text = f"{markdown(shown)}\n{markdown(differences_table(differences))}"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
