@@ -314,8 +314,8 @@ def short_runs(device: torch.device) -> dict[str, list[float]]:
 def run_of_tasks(tasks: int, method: str, epochs: int) -> dict:
     """Run digits in so many tasks, in a process of its own. -> its seconds by part and what it took up."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--method {method} --tasks {tasks} --epochs {epochs} --device cpu --out {folder}"
-        command = [sys.executable, r.__file__, *flags.split()]
+        flags = f"--method {method} --tasks {tasks} --epochs {epochs} --fisher-samples 1000 --device cpu"
+        command = [sys.executable, r.__file__, *flags.split(), "--out", folder]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
