@@ -77,8 +77,6 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 	$(PY) -m results.geometry vae $(MODEL) --data-dir $(DATA)
 
 LEARNED = $(addprefix $(STUDIES)/joint+,epochs=3+seed=0 epochs=27+seed=0 lr=2e-4+lr-decay=none+seed=0)
-movement: $(MODEL)  ## how the weights move along mu while the second task is learned (the settings of MODEL)
-	$(PY) -m results.geometry movement $(MODEL)
 fig3-training: $(LEARNED)  ## Figure 3 of models that have learned less: does convergence decide what it shows?
 	$(foreach run,$^,$(PY) -m results.geometry 3 $(run) --to results/figure3-$(notdir $(run)) &&) true
 
@@ -95,6 +93,9 @@ LAMBDAS = $(patsubst %,results/search/rank1+lam=%+lr=1e-3+lr-decay=none+seed=100
 search: $(RATES) $(LAMBDAS)  ## which rate and which lambda at a constant rate, on seed 100
 	$(PY) -m results.report $(RATES) --over lr --to results/search/rate
 	$(PY) -m results.report $(lastword $(RATES)) $(LAMBDAS) --over lam --to results/search/lambda
+
+movement: $(lastword $(LAMBDAS))  ## how the weights move along mu while the second task is learned
+	$(PY) -m results.geometry movement $< --to results/movement-constant
 
 # What the paper leaves open, on digits: runs that differ in one setting, compared over it.
 study = $(foreach s,$(SEEDS),$(foreach flags,$(1),$(STUDIES)/$(flags)+seed=$(s)))
