@@ -1130,16 +1130,20 @@ def test_a_vaes_loss_is_squared_error_and_weighted_divergence_from_a_normal_dist
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", geometry.FIGURES)
-def test_a_figure_of_a_finished_run_is_its_numbers_and_a_picture(tmp_path, finished, monkeypatch, figure):
+@pytest.mark.parametrize("figure", ["1", "2", "3", "vae", "3 --first-task", "movement --first-task"])
+def test_a_figure_of_a_run_or_of_its_first_task_is_numbers_and_a_picture(
+    tmp_path, finished, monkeypatch, figure
+):
     monkeypatch.setattr(r, "GRADIENTS", 20)
     monkeypatch.setattr(geometry, "TIMES", [100, 700])
     monkeypatch.setattr(geometry, "VAE_STEPS", [0, 5])
     run, to = finished(*LONGER), tmp_path / "new/figure"
     before = contents(run)
-    geometry.main([figure, str(run), "--to", str(to)])
+    geometry.main(
+        [*figure.split(), " ".join(QUICK) if "--first-task" in figure else str(run), "--to", str(to)]
+    )
     numbers = json.loads(to.with_suffix(".json").read_text())
-    assert numbers["samples"] == (200 if figure == "movement" else 20)
+    assert numbers["samples"] == (200 if "movement" in figure else 20)
     assert (numbers["config"]["method"], numbers["config"]["channels"]) == ("rank1", [8])
     assert torchvision.io.decode_image(str(to.with_suffix(".png"))).float().std() > 1
     assert contents(run) == before
@@ -1205,6 +1209,26 @@ def test_a_paired_difference_has_the_interval_of_a_paired_t_test(tmp_path):
     assert [row[name] for name in ("method", "against", "measure", "seeds")] == ["rank1", "gd", "AFID", "3"]
     interval = scipy.stats.ttest_rel(rank1, gd).confidence_interval(0.95)
     assert [float(row[name]) for name in ("mean", "low", "high")] == pytest.approx([-0.5, *interval])
+
+
+def test_the_baseline_of_a_run_is_gd_alone_and_of_gd_with_a_flag_gd_without_it(tmp_path):
+    rows = {
+        "gd": {},
+        "ema": {"ema": 0.9},
+        "pool": {"replay_per_class": 10},
+        "both": {"ema": 0.9, "replay_per_class": 10},
+        "rank1": {"method": "rank1", "lam": 10.0},
+        "rank1 ema": {"method": "rank1", "lam": 10.0, "ema": 0.9},
+        "rank1 epochs": {"method": "rank1", "lam": 10.0, "epochs": 7},
+        "seed": {"method": "rank1", "lam": 10.0, "seed": 1},
+    }
+    for name, other in rows.items():
+        usual = {"method": "gd", "seed": 0, "afid": 20.0, "forgetting": 2.0}
+        hand_made_run(tmp_path / name, **usual | other)
+    runs = {name: report.read_run(tmp_path / name) for name in rows}
+    found = {name: report.baseline(run, runs.values()) for name, run in runs.items()}
+    found = {name: gd["folder"].name for name, gd in found.items() if gd}
+    assert found == {"ema": "gd", "pool": "gd", "rank1": "gd", "rank1 ema": "ema"}  # both: ema or pool
 
 
 @pytest.mark.parametrize(

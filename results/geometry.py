@@ -1,9 +1,11 @@
 """What a trained model says about its Fisher F = E[g g^T]: the paper's Figures 1 to 3, and its VAE control.
 
-    python -m results.geometry {1,2,3,vae,movement} RUN [--to NAME] [--data-dir data] [--device auto]
+    python -m results.geometry {1,2,3,vae} RUN [--to NAME] [--data-dir data] [--device auto]
+    python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS [--to NAME] ..
 
-RUN is the folder of a finished run of rank1_ewc.py. Writes NAME.png and, the numbers, NAME.json. `movement`
-takes only its settings: it learns the first two tasks anew, and watches the steps of the second.
+RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is learned
+here, and looked at. `movement` goes on to the second task, and watches its steps. Writes NAME.png and, the
+numbers, NAME.json.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t and mu_t
 those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F.
@@ -12,6 +14,7 @@ those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F.
 import argparse
 import copy
 import math
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -276,13 +279,19 @@ def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor)
     return watched
 
 
-def figure_movement(model: nn.Module, data: r.Data, cfg: r.Settings) -> tuple[dict, Figure]:
-    """Show how the weights move along mu of the first task while the second is learned, lambda 0 and lambda."""
+def learn_first_task(cfg: r.Settings, data: r.Data) -> tuple[r.State, list[r.Data]]:
+    """Learn the first task of a run with these settings. -> the state at its end, and all tasks."""
     tasks, state = r.split_tasks(data, cfg.tasks), r.new_state(cfg, data, data.x.device)
     r.begin_task(cfg, state)
     with tempfile.TemporaryDirectory() as folder:  # for train_task's checkpoints
         cfg.out = Path(folder)
         r.train_task(cfg, state, tasks[0], None)
+    return state, tasks
+
+
+def figure_movement(_: None, data: r.Data, cfg: r.Settings) -> tuple[dict, Figure]:
+    """Show how the weights move along mu of the first task while the second is learned, lambda 0 and lambda."""
+    state, tasks = learn_first_task(cfg, data)
     generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
     fisher = r.rank1_fisher(state.model, tasks[0].x, tasks[0].y, cfg.fisher_samples, generator)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -320,6 +329,14 @@ def figure_movement(model: nn.Module, data: r.Data, cfg: r.Settings) -> tuple[di
 FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "vae": figure_vae, "movement": figure_movement}
 
 
+def load_data(cfg: r.Settings) -> r.Data:
+    """Settle the device, and read the data of a run with these settings on to it."""
+    device = r.set_up(cfg)
+    data = r.load_data(cfg.dataset, cfg.data_dir)
+    data = r.limit_classes(data, cfg.limit) if cfg.limit else data
+    return r.Data(*[v.to(device) for v in data])
+
+
 def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Module, r.Data]:
     """Read a finished run. -> its settings; model, in eval mode, and data, on the device. Or stop."""
     if not (run / "result.json").exists():
@@ -327,9 +344,7 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     paper = {name: row[0] for name, row in r.SETTINGS.items()}  # for what an older result.json lacks
     config = r.read_result(run / "result.json")["config"]
     cfg = r.Settings(**paper | config | {"data_dir": data_dir, "device": device})
-    device = r.set_up(cfg)
-    data = r.load_data(cfg.dataset, cfg.data_dir)
-    data = r.limit_classes(data, cfg.limit) if cfg.limit else data
+    data = load_data(cfg)
     try:
         num_classes = int(data.y.max()) + 1
         model = r.UNet(data.x.shape[1], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout)
@@ -337,7 +352,7 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     except r.DAMAGED as error:
         broken = f"{run / 'model.pt'} is missing, damaged or of another network ({type(error).__name__})"
         r.stop(f"{broken}: train it anew with --out {run} --fresh, or name another run")
-    return cfg, model.to(device).eval(), r.Data(*[v.to(device) for v in data])
+    return cfg, model.to(data.x.device).eval(), data
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -345,22 +360,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m results.geometry", description=__doc__.split("\n\n")[0])
     parser.error = r.stop
     parser.add_argument("figure", choices=FIGURES, help="the paper's number of it, or the VAE control")
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, nargs="?", help="folder of a finished run; or, without"
+    )
+    parser.add_argument("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
     parser.add_argument("--to", metavar="NAME", help="of the files (default: results/figure1-<dataset>, ..)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
-    cfg, model, data = load_run(args.run, args.data_dir, args.device)
+    if (args.run is None) == (args.first_task is None) or (args.run and args.figure == "movement"):
+        r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
+    if args.run:
+        cfg, model, data = load_run(args.run, args.data_dir, args.device)
+    else:
+        where = ["--data-dir", str(args.data_dir), "--device", args.device]
+        cfg = r.parse_args([*shlex.split(args.first_task), *where])
+        model, data = None, load_data(cfg)
+        if args.figure != "movement":
+            state, (data, *_) = learn_first_task(cfg, data)
+            model = state.model.eval()
     numbers, figure = FIGURES[args.figure](model, data, cfg)
     run = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr:g}"
-    size = f"{len(r.flat(model.parameters())):,} weights, {numbers['samples']:,} samples"
-    size += "" if args.figure == "movement" else " a timestep"
-    figure.suptitle(f"{run}: {size}", fontsize="medium")
+    size = f"{numbers['samples']:,} samples" + ("" if args.figure == "movement" else " a timestep")
+    size = f"{len(r.flat(model.parameters())):,} weights, {size}" if model else size
+    figure.suptitle(f"{run}{', first task' if args.first_task else ''}: {size}", fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
     with r.whole(Path(f"{name}.png")) as file:
         figure.savefig(file, dpi=120)
-    print(f"Of the model in {args.run}: {name}.png, {name}.json")
+    print(f"In {name}.png, {name}.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What finished runs of rank1_ewc.py say together: the paper's Table 1, Figures 4 and 5, and comparisons.
 
     python -m results.report RUNS                                        # every finished run below a folder
-    python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting
+    python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting or curvature
     python -m results.report --include README.md          # renew the tables that a text includes, from files
 
 The first writes table1.md, table1.csv, paired.md, paired.csv, summary.md, figure4.png and
@@ -17,7 +17,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, combinations, cycle
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def read_run(folder: Path) -> dict:
         learned = None if method.joint else float(np.diag(fid).mean())
         measures = dict(zip(MEASURES, (run["afid"][-1], run["forgetting"], learned)))
         measures["pooled FID"] = run.get("fid_pooled")
-        curvature = [run["lam"] * fisher["energy"] for fisher in run["fisher"] if "energy" in fisher]
+        curvature = [run["lam"] * fisher.get("energy", fisher.get("trace")) for fisher in run["fisher"]]
         numbers = [v for v in (*run["afid"], *measures.values(), *curvature) if v is not None]
         shape = (1 if method.joint else tasks, tasks)
         complete = np.isfinite(numbers).all() and fid.shape == shape and len(fid) == len(run["afid"])
@@ -100,9 +100,14 @@ def read_run(folder: Path) -> dict:
     return run | {"folder": folder, "settings": settings, "measures": measures, "curvature": curvature}
 
 
-def row_name(run: dict, names: Sequence[str] = ("ema", "form")) -> str:
+def usual_settings(run: dict) -> dict:
+    """What its dataset's settings are where no flag says otherwise."""
+    return PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
+
+
+def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
     """A run's method, and those settings among `names` that are not its dataset's usual: "gd --ema 0.99"."""
-    usual = PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
+    usual = usual_settings(run)
     settings = {name: run["settings"].get(name, usual.get(name)) for name in names}
     flags = [f"--{n.replace('_', '-')} {v}" for n, v in settings.items() if v != usual.get(n)]
     return " ".join([run["method"], *flags])
@@ -135,33 +140,40 @@ def means(runs: Sequence[dict], names: Sequence[str] = MEASURES) -> dict[str, fl
     return row
 
 
-def is_baseline(gd: dict, run: dict) -> bool:
-    """Whether `gd` shows what `run` adds: the run of GD with the same seed and otherwise equal settings.
+def baseline(run: dict, among: Sequence[dict]) -> dict | None:
+    """The run of GD with the same seed that shows what `run` adds: of equal settings but the method.
 
-    Of a run of GD with --ema it is the one without.
+    Of a run of GD it is the one that differs in the fewest settings, and there is as usual.
     """
-    wanted = run["settings"] | ({"ema": 0} if run["method"] == "gd" else {})
-    shared = (wanted.keys() & gd["settings"].keys()) - {"method"}
-    return gd["method"] == "gd" and gd is not run and all(gd["settings"][n] == wanted[n] for n in shared)
+    own, usual, found = run["settings"], usual_settings(run), []
+    for gd in [other for other in among if other["method"] == "gd" and other is not run]:
+        settings = gd["settings"]
+        differing = {name for name in own.keys() & settings.keys() if own[name] != settings[name]} - {
+            "method"
+        }
+        as_usual = run["method"] == "gd" and all(settings[n] == usual.get(n) for n in differing)
+        if own["seed"] == settings["seed"] and (not differing or as_usual):
+            found.append((len(differing), gd))
+    fewest = [gd for n, gd in found if n == min(n for n, _ in found)]
+    return fewest[0] if len(fewest) == 1 else None
 
 
-def paired(runs: Sequence[dict], against: Sequence[dict]) -> list[dict]:
+def paired(
+    runs: Sequence[dict], against: Sequence[dict], names: Iterable[str] = ("ema", "form")
+) -> list[dict]:
     """The mean difference of each measure between the runs of a row and GD, seed by seed: a line a measure.
 
-    Each run is paired with its baseline among `against`, if there is just one. low and high are the 95%
-    interval of the mean, by Student's t with a degree of freedom less than pairs; None for a single pair.
+    Each run is paired with its baseline among `against`, if it has one. low and high are the 95% interval of
+    the mean, by Student's t with a degree of freedom less than pairs; None for a single pair. `names`: the
+    settings that the baseline is named with.
     """
-    pairs, lines = [], []
-    for run in runs:
-        baselines = [gd for gd in against if is_baseline(gd, run)]
-        if len(baselines) == 1:
-            pairs.append((run, baselines[0]))
+    pairs, lines = [(run, gd) for run in runs if (gd := baseline(run, against))], []
     for measure in MEASURES:
         values = [(run["measures"][measure], gd["measures"][measure]) for run, gd in pairs]
         differences = [value - base for value, base in values if None not in (value, base)]
         if differences:
             mean, error = mean_and_error(differences)
-            line = {"against": row_name(pairs[0][1]), "measure": measure, "seeds": len(differences)}
+            line = {"against": row_name(pairs[0][1], names), "measure": measure, "seeds": len(differences)}
             line |= {"mean": mean, "low": None, "high": None}
             if error is not None:
                 half = float(student_t.ppf(0.975, len(differences) - 1)) * error
@@ -366,68 +378,76 @@ def distinguishing(runs: Sequence[dict], over: str) -> list[str]:
 
 
 def compare(folders: Sequence[Path], over: str, to: Path) -> None:
-    """Print the measures of runs over a setting, and how far they lie from GD; write TO.json and TO.png."""
-    runs = [read_run(folder) for folder in folders]
-    names = distinguishing(runs, over)
+    """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
+
+    Writes TO.md, TO.json and TO.png.
+    """
+    runs, setting = [read_run(folder) for folder in folders], "lam" if over == "curvature" else over
+    if len({run["fid_features"] for run in runs}) > 1:
+        r.stop("FIDs on features of different networks cannot be compared: compare their runs apart")
+    names, features = distinguishing(runs, setting), {"FID features": runs[0]["fid_features"]}
 
     def row_of(run: dict) -> tuple:
         name = row_name(run, names)
         name = name.removeprefix(run["method"]).strip() if over == "method" else name
-        return name or "all", run["settings"].get(over), run["fid_features"]
+        return name or "all", run["settings"].get(setting)
 
     rows, table, differences = group_rows(runs, row_of), [], []
-    lines = list(dict.fromkeys(line for line, _, _ in rows))
+    lines = list(dict.fromkeys(line for line, _ in rows))
     for key in sorted(rows, key=lambda key: (lines.index(key[0]), 0 if type(key[1]) is str else key[1] or 0)):
-        row = {"line": key[0], over: key[1]}
-        differences += [row | difference for difference in paired(rows[key], runs)]
-        row["seeds"] = [run["seed"] for run in rows[key]]
-        table.append(row | means(rows[key]) | {"FID features": key[2]})
-    shown = [row | {over: None if row[over] is None else str(row[over])} for row in table]
+        row = {"line": key[0], setting: key[1]}
+        if over == "curvature":
+            curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
+            row["curvature"] = curvature and float(f"{curvature:.3g}")
+        differences += [
+            row | difference for difference in paired(rows[key], runs, {*names, setting} - {"method"})
+        ]
+        table.append(row | {"seeds": [run["seed"] for run in rows[key]]} | means(rows[key]) | features)
+    shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
     text = f"{markdown(shown)}\n{markdown(differences_table(differences))}"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
     r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
-    plot_lines(table, over, Path(f"{to}.png"))
+    plot_lines(table, differences, over, Path(f"{to}.png"))
     print(f"In {to}.md, {to}.json, {to}.png")
 
 
-def plot_lines(table: list[dict], over: str, path: Path) -> None:
-    """Draw the measures over a setting: a panel a measure, a line a name, a row of panels a kind of features.
+def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path) -> None:
+    """Draw over a setting how far runs lie from GD, or without any of GD the means; a panel a measure.
 
-    Runs that do not have the setting are a horizontal band. Bands and bars are of one standard error.
+    A line a name; runs that do not have the setting are a horizontal line. Bars and bands are the 95% interval
+    of a difference, of a mean one standard error.
     """
-    features = list(dict.fromkeys(row["FID features"] for row in table))
-    colors = dict(zip(dict.fromkeys(row["line"] for row in table), cycle(COLORS)))
-    values = list(dict.fromkeys(row[over] for row in table if row[over] is not None))
-    numeric = str not in map(type, values)
-    place = {value: value if numeric else i for i, value in enumerate(values)}
-    positive = [value for value in values if numeric and value > 0]
-    figure = Figure(figsize=(15, 4.2 * len(features)), layout="constrained")
-    panels, handles = figure.subplots(len(features), len(MEASURES), squeeze=False, sharex=True), {}
-    for i, j in np.ndindex(panels.shape):
-        axes, measure = panels[i, j], MEASURES[j]
+    points = [(row, m, row[m], row[f"{m} s.e."]) for row in table for m in MEASURES if row[m] is not None]
+    if differences:
+        half = [None if line["low"] is None else line["mean"] - line["low"] for line in differences]
+        points = [(line, line["measure"], line["mean"], h) for line, h in zip(differences, half)]
+    colors = dict(zip(dict.fromkeys(row["line"] for row, *_ in points), cycle(COLORS)))
+    values = {row[over] for row, *_ in points} - {None}
+    numeric = not any(isinstance(value, str) for value in values)
+    wide = values and numeric and min(values) > 0 and max(values) > 10 * min(values)
+    figure, handles = Figure(figsize=(15, 4.2), layout="constrained"), {}
+    for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
         for name, color in colors.items():
-            own = [row for row in table if (row["line"], row["FID features"]) == (name, features[i])]
-            own = [row for row in own if row[measure] is not None]
-            for row in own:
-                if row[over] is None:
-                    mean, error = row[measure], row[f"{measure} s.e."] or 0
-                    handles[name] = axes.axhline(mean, color=color, ls="--")
-                    axes.axhspan(mean - error, mean + error, color=color, alpha=0.1, lw=0)
-            points = [row for row in own if row[over] is not None]
-            if points:
-                x, y = [place[row[over]] for row in points], [row[measure] for row in points]
-                bars = [row[f"{measure} s.e."] or 0 for row in points]
+            own = [
+                (row[over], mean, half or 0)
+                for row, m, mean, half in points
+                if (row["line"], m) == (name, measure)
+            ]
+            for _, mean, half in [point for point in own if point[0] is None]:
+                handles[name] = axes.axhline(mean, color=color, ls="--")
+                axes.axhspan(mean - half, mean + half, color=color, alpha=0.1, lw=0)
+            own = [point for point in own if point[0] is not None]
+            if own:
                 style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
-                handles[name] = axes.errorbar(x, y, bars, **style)
-        if not numeric:
-            axes.set_xticks(list(place.values()), [str(value) for value in values], rotation=30, ha="right")
-            axes.margins(x=0.1)
-        elif positive and max(positive) > 10 * min(positive):
-            axes.set_xscale("symlog", linthresh=min(positive)) if 0 in values else axes.set_xscale("log")
-        axes.set(xlabel=f"--{over.replace('_', '-')}", ylabel=f"{measure}\n({features[i]})")
+                handles[name] = axes.errorbar(*zip(*own), **style)
+        axes.set(xlabel=over if over == "curvature" else f"--{over.replace('_', '-')}", ylabel=measure)
+        axes.set_xscale("log") if wide else axes.tick_params("x", rotation=0 if numeric else 30)
+        axes.axhline(0, color="black", lw=0.8) if differences else None
         axes.grid(alpha=0.3)
+    shown = "Difference from GD, seed by seed, 95% interval" if differences else "Mean, standard error"
+    figure.suptitle(f"{shown} (features: {table[0]['FID features']})")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     with r.whole(path) as file:
         figure.savefig(file, dpi=120)
@@ -447,7 +467,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = r.stop
     parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below; or runs")
-    parser.add_argument("--over", choices=PAPER, help="the setting that runs are compared over")
+    over = {"choices": (*PAPER, "curvature"), "help": "the setting, or curvature, to compare runs over"}
+    parser.add_argument("--over", **over)
     parser.add_argument("--to", type=Path, help="a comparison goes to TO.json and TO.png")
     parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
