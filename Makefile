@@ -13,6 +13,7 @@ RUNS ?= runs
 DATA ?= data
 DATASET ?= digits
 EXTRA ?=
+comma := ,
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,14 +85,25 @@ constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+e
 falling constant:
 	$(PY) -m results.report results/$@/digits
 
+SEARCH = $(call some,100,constant/search,$(1))
 search-rate: OVER = lr
-search-rate: $(call some,100,constant/search,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant rate, on seed 100
-search-lambda: OVER = lam
-search-lambda: $(call some,100,constant/search,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000)  ## and which lambda
+search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant rate, on seed 100
+search-lambda: OVER = curvature
+search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix diag+lam=,1 10 100 1000))
+search-lambda:  ## and which lambda, rank-1 and diagonal
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
-lambda:  ## rank-1 EWC against GD over lambda
-COMPARED = search-rate search-lambda lambda
+lambda:  ## rank-1 EWC against GD over lambda, at the constant rate
+AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
+lambda-ema: OVER = curvature
+lambda-ema: $(AVERAGED) $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
+lambda-ema:  ## and where a task ends with an average of its weights
+PARTS = lam=250+fisher-timesteps=0$(comma)333 lam=3000+fisher-timesteps=333$(comma)667
+PARTS += lam=8000+fisher-timesteps=667$(comma)1000
+timesteps: OVER = curvature
+timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,lam=1000 $(PARTS)))
+timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvature
+COMPARED = search-rate search-lambda lambda lambda-ema timesteps
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 

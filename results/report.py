@@ -51,7 +51,8 @@ MEASURES = ("AFID", "forgetting", "FID of a task just learned")
 OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps"}  # gd has none
 METHODS, DATASETS = list(r.METHODS), list(r.DATASETS)
 COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan", "crimson"]
-LEGEND = "Mean ± standard error over the seeds; curvature: mean lambda c* ||mu||^2; *: the authors' files."
+LEGEND = """Mean ± standard error over the seeds; curvature: what the penalty adds, mean lambda c* ||mu||^2 (of
+the diagonal lambda times its trace); *: the authors' files."""
 PAIRED = ("dataset", "method", "against", "measure", "seeds", "mean", "low", "high")  # columns
 Rows = dict  # what tells a row from others -> its runs, one a seed
 
@@ -252,9 +253,16 @@ def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
     return f"- {dataset}: FID on features of {features} (the paper's: inception); {setting}."
 
 
+def code_note(runs: Iterable[dict]) -> list[str]:
+    """A line that says how many runs come from which version of the script, unless all are of one."""
+    scripts = Counter(run.get("script") or "unknown" for run in runs)
+    versions = ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items())
+    return [f"- code: {versions}."] if len(scripts) > 1 or "unknown" in scripts else []
+
+
 def report(folder: Path) -> None:
     """Write and print Table 1 and the paired differences of all runs below a folder; draw Figures 4 and 5."""
-    groups, table, differences, notes, scripts = gather(folder), [], [], [], Counter()
+    groups, table, differences, notes = gather(folder), [], [], []
     for (dataset, features), rows in groups.items():
         published = dict(zip(ROWS, PUBLISHED.get(dataset, ())))
         every_run = [run for runs in rows.values() for run in runs]
@@ -266,14 +274,19 @@ def report(folder: Path) -> None:
             table.append(row | {"paper: AFID / forgetting": published.get(name), "FID features": features})
             differences += [{"dataset": dataset, "method": name} | line for line in paired(runs, every_run)]
         notes.append(setting_note(dataset, features, every_run))
-        scripts.update(run.get("script") or "unknown" for run in every_run)
         plot_samples(dataset, rows, folder / f"figure5-{dataset}.png")
     plot_afid(groups, folder / "figure4.png")
     absent = [name for name in PUBLISHED if name not in [dataset for dataset, _ in groups]]
     notes += [f"- missing, no finished run: {', '.join(absent)}."] if absent else []
-    if len(scripts) > 1 or "unknown" in scripts:
-        notes.append("- code: " + ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items()) + ".")
-    text = "\n".join([markdown(table), LEGEND, *notes, ""])
+    text = "\n".join(
+        [
+            markdown(table),
+            LEGEND,
+            *notes,
+            *code_note(chain(*(runs for rows in groups.values() for runs in rows.values()))),
+            "",
+        ]
+    )
     print(text, markdown(differences_table(differences)), sep="\n")
     shown = differences_table(differences)
     texts = {"table1.md": text, "paired.md": markdown(shown), "summary.md": markdown(summary(table, shown))}
@@ -404,7 +417,7 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         ]
         table.append(row | {"seeds": [run["seed"] for run in rows[key]]} | means(rows[key]) | features)
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
-    text = f"{markdown(shown)}\n{markdown(differences_table(differences))}"
+    text = "\n".join([markdown(shown), markdown(differences_table(differences)), *code_note(runs)])
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
@@ -430,11 +443,8 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
     figure, handles = Figure(figsize=(15, 4.2), layout="constrained"), {}
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
         for name, color in colors.items():
-            own = [
-                (row[over], mean, half or 0)
-                for row, m, mean, half in points
-                if (row["line"], m) == (name, measure)
-            ]
+            own = [point for point in points if (point[0]["line"], point[1]) == (name, measure)]
+            own = [(row[over], mean, half or 0) for row, _, mean, half in own]
             for _, mean, half in [point for point in own if point[0] is None]:
                 handles[name] = axes.axhline(mean, color=color, ls="--")
                 axes.axhspan(mean - half, mean + half, color=color, alpha=0.1, lw=0)
@@ -442,12 +452,15 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
             if own:
                 style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
                 handles[name] = axes.errorbar(*zip(*own), **style)
-        axes.set(xlabel=over if over == "curvature" else f"--{over.replace('_', '-')}", ylabel=measure)
+        name = "curvature that the penalty adds" if over == "curvature" else f"--{over.replace('_', '-')}"
+        axes.set(xlabel=name, ylabel=measure)
         axes.set_xscale("log") if wide else axes.tick_params("x", rotation=0 if numeric else 30)
         axes.axhline(0, color="black", lw=0.8) if differences else None
         axes.grid(alpha=0.3)
-    shown = "Difference from GD, seed by seed, 95% interval" if differences else "Mean, standard error"
-    figure.suptitle(f"{shown} (features: {table[0]['FID features']})")
+    what = "Difference from GD, seed by seed" if differences else "Mean"
+    bars = ", 95% interval" if differences else ", standard error"
+    bars = bars if any(half for *_, half in points) else ""  # of one seed there are none
+    figure.suptitle(f"{what}{bars} (features: {table[0]['FID features']})")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     with r.whole(path) as file:
         figure.savefig(file, dpi=120)
