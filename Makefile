@@ -95,13 +95,13 @@ lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
 lambda:  ## rank-1 EWC against GD over lambda, at the constant rate
 AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
+AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
-lambda-ema: $(AVERAGED) $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
-lambda-ema:  ## and where a task ends with an average of its weights
+lambda-ema: $(AVERAGED)  ## and where a task ends with an average of its weights
 PARTS = lam=250+fisher-timesteps=0$(comma)333 lam=3000+fisher-timesteps=333$(comma)667
 PARTS += lam=8000+fisher-timesteps=667$(comma)1000
 timesteps: OVER = curvature
-timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,lam=1000 $(PARTS)))
+timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,$(PARTS)))
 timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvature
 COMPARED = search-rate search-lambda lambda lambda-ema timesteps
 $(COMPARED):
@@ -110,7 +110,7 @@ $(COMPARED):
 movement: .venv/installed  ## how the weights move along mu while the second task is learned
 	$(PY) -m results.geometry $@ --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100" --to results/$@
 
-check-numbers: falling constant search-rate search-lambda  ## the tables of the runs in results/ anew, and in the READMEs
+check-numbers: falling constant search-rate search-lambda lambda lambda-ema  ## the tables of the runs in results/ anew, and in the READMEs
 	$(PY) -m results.report --include README.md results/README.md
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
