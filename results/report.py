@@ -417,7 +417,8 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         ]
         table.append(row | {"seeds": [run["seed"] for run in rows[key]]} | means(rows[key]) | features)
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
-    text = "\n".join([markdown(shown), markdown(differences_table(differences)), *code_note(runs)])
+    parts = [markdown(shown), markdown(differences_table(differences)), *code_note(runs)]
+    text = "\n".join(parts).rstrip() + "\n"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
