@@ -98,19 +98,22 @@ AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
 AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
 lambda-ema: $(AVERAGED)  ## and where a task ends with an average of its weights
+average: OVER = ema
+average: $(call some,0 1 2 3,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
+average:  ## GD with the average at a constant rate, against GD at the falling one
 PARTS = lam=250+fisher-timesteps=0$(comma)333 lam=3000+fisher-timesteps=333$(comma)667
 PARTS += lam=8000+fisher-timesteps=667$(comma)1000
 timesteps: OVER = curvature
 timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,$(PARTS)))
 timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvature
-COMPARED = search-rate search-lambda lambda lambda-ema timesteps
+COMPARED = search-rate search-lambda lambda lambda-ema average timesteps
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
 movement: .venv/installed  ## how the weights move along mu while the second task is learned
 	$(PY) -m results.geometry $@ --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100" --to results/$@
 
-check-numbers: falling constant search-rate search-lambda lambda lambda-ema  ## the tables of the runs in results/ anew, and in the READMEs
+check-numbers: falling constant $(COMPARED)  ## the tables of the runs in results/ anew, and in the READMEs
 	$(PY) -m results.report --include README.md results/README.md
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
