@@ -81,6 +81,7 @@ some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/res
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
 falling: $(call some,0 1 2,falling/digits,joint gd rank1) $(call some,3,falling/digits,gd)
+falling:  ## rank-1 EWC against GD at the demo's learning rate, which falls to 0
 constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)  ## and at a constant one
 falling constant:
 	$(PY) -m results.report results/$@/digits

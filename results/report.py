@@ -278,17 +278,9 @@ def report(folder: Path) -> None:
     plot_afid(groups, folder / "figure4.png")
     absent = [name for name in PUBLISHED if name not in [dataset for dataset, _ in groups]]
     notes += [f"- missing, no finished run: {', '.join(absent)}."] if absent else []
-    text = "\n".join(
-        [
-            markdown(table),
-            LEGEND,
-            *notes,
-            *code_note(chain(*(runs for rows in groups.values() for runs in rows.values()))),
-            "",
-        ]
-    )
-    print(text, markdown(differences_table(differences)), sep="\n")
-    shown = differences_table(differences)
+    shown, rows = differences_table(differences), chain(*(rows.values() for rows in groups.values()))
+    text = "\n".join([markdown(table), LEGEND, *notes, *code_note(chain(*rows)), ""])
+    print(text, markdown(shown), sep="\n")
     texts = {"table1.md": text, "paired.md": markdown(shown), "summary.md": markdown(summary(table, shown))}
     for path, content in texts.items():
         with r.whole(folder / path) as file:
@@ -399,6 +391,7 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     if len({run["fid_features"] for run in runs}) > 1:
         r.stop("FIDs on features of different networks cannot be compared: compare their runs apart")
     names, features = distinguishing(runs, setting), {"FID features": runs[0]["fid_features"]}
+    told = [name for name in (*names, setting) if name != "method"]  # what a baseline is named with
 
     def row_of(run: dict) -> tuple:
         name = row_name(run, names)
@@ -412,9 +405,7 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         if over == "curvature":
             curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
             row["curvature"] = curvature and float(f"{curvature:.3g}")
-        differences += [
-            row | difference for difference in paired(rows[key], runs, {*names, setting} - {"method"})
-        ]
+        differences += [row | difference for difference in paired(rows[key], runs, told)]
         table.append(row | {"seeds": [run["seed"] for run in rows[key]]} | means(rows[key]) | features)
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
     parts = [markdown(shown), markdown(differences_table(differences)), *code_note(runs)]
