@@ -370,7 +370,7 @@ def plot_growth(rows: list[dict], path: Path) -> None:
     for axes in panels:
         axes.set(xlabel="tasks that the ten classes come in", ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below: it covers no data
     with r.whole(path) as file:
         figure.savefig(file, dpi=120)
 
