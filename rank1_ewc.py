@@ -109,7 +109,7 @@ DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagen
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
 MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
 
-SAMPLE_BATCH = 100  # images painted together
+SAMPLE_BATCH = 200  # images painted together: on a CPU a fifth faster than 100, and than 800
 FISHER_BATCH = 128  # samples of a Fisher computed together
 GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
@@ -537,7 +537,7 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
             with sdpa_kernel(SDPBackend.MATH):  # other attention kernels cannot be batched so
                 g = vmap(gradient, in_dims=(None, *(0 for _ in part)))(theta, *part)  # each (b, *shape)
             g = torch.cat([v.flatten(1) for v in g.values()], 1)
-            for i in (~g.isfinite().all(1)).nonzero().flatten().tolist():
+            for i in (~g.sum(1).isfinite()).nonzero().flatten().tolist():
                 sample = f"class {part[3][i]}, timestep {part[1][i]}, loss {loss_at(theta, part)[i]:g}"
                 raise FloatingPointError(f"the gradient of a sample is not finite ({sample})")
             yield g
@@ -547,7 +547,7 @@ def diagonal_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sa
     """F_jj = E[g_j^2] (D,) over n draws, from the gradients of single samples."""
     total = torch.zeros_like(flat(model.parameters()).detach())
     for g in gradients(model, my_share(fisher_batches(x, y, n, generator, timesteps)), loss):
-        total += g.square().sum(0)
+        total += g.square_().sum(0)  # in place: a chunk is large, and new memory takes longer than the square
     return all_sum(total) / n
 
 
@@ -710,7 +710,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
     # With A, B the centred features over sqrt(N - 1), M = A B^T, the last trace is that of (M M^T)^1/2: from
     # eigenvalues, as a matrix square root is slow and fails where N < d. QR's R has the same A^T A in d rows.
-    A, B = (np.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r") for v in (a, b))
+    A, B = ((v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (a, b))
+    A, B = (np.linalg.qr(v, mode="r") if len(v) > v.shape[1] else v for v in (A, B))
     M = A @ B.T
     cross = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross)
@@ -1156,7 +1157,8 @@ def set_up(cfg: Settings) -> torch.device:
         torch.cuda.set_device(device)
     cfg.device = device.type
     if device.type == "cpu" and sum(cfg.channels) < 100:
-        torch.set_num_threads(1)  # a step of 41 ms becomes 30 with two threads, but 149 on a busy machine
+        # Two threads are faster on idle cores, but much slower where one is busy: `make bench` measures both.
+        torch.set_num_threads(1)
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     cfg.bf16 = ampere if cfg.bf16 is None else cfg.bf16
     cfg.compile = ampere if cfg.compile is None else cfg.compile

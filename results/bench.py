@@ -1,6 +1,6 @@
 """How much faster is this project's code than the plain way to write it, and do both compute the same?
 
-    python -m results.bench            # a quarter of an hour on a CPU; writes results/bench-<device>.json
+    python -m results.bench            # a quarter of an hour on a CPU; writes results/bench-<device>.json, .md
     python -m results.bench --quick    # small sizes, once each, in seconds; writes only what --to FILE names
     python -m results.bench --growth   # what runs of 2, 5 and 10 tasks cost; writes results/growth.json, .png
 
@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
 import rank1_ewc as r
+from results.report import markdown
 
 try:
     import diffusers
@@ -327,19 +328,44 @@ def run_of_tasks(tasks: int, method: str, epochs: int) -> dict:
     return row | {"memory MB": usage.ru_maxrss / 2**10, "seconds": result["seconds"]}
 
 
+def second_task_of_digits() -> tuple[r.Settings, r.State, tuple]:
+    """Digits' network on a CPU at the start of GD's second task, and a batch: what train_step takes."""
+    cfg = r.parse_args(["--device", "cpu", "--method", "gd"])
+    data, device = r.load_data("digits", cfg.data_dir), r.set_up(cfg)
+    state, task = r.new_state(cfg, data, device), r.split_tasks(data, cfg.tasks)[1]
+    state.task = 1
+    r.begin_task(cfg, state)
+    return cfg, state, next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
+
+
+def milliseconds_by_threads() -> dict[str, float]:
+    """A training step in one thread and in two, on idle cores and beside a process that keeps one busy."""
+    training_step, found = second_task_of_digits(), {}
+    usual = torch.get_num_threads()
+    for beside in ("idle cores", "one busy"):
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass" if beside == "one busy" else ""])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seconds = []
+            for _ in range(53):
+                started = time.perf_counter()
+                r.train_step(*training_step)
+                seconds.append(time.perf_counter() - started)
+            found[f"{beside}, threads {threads}"] = 1000 * float(np.median(seconds[3:]))
+        busy.kill()
+        busy.wait()
+    torch.set_num_threads(usual)
+    print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in found.items()))
+    return found
+
+
 def penalty_share_of_a_step(tasks: int) -> float:
     """What share of a training step of the digits' network rank-1's penalty takes in the last of many tasks."""
-    cfg = r.parse_args(["--device", "cpu", "--method", "rank1"])
-    data, device = r.load_data("digits", cfg.data_dir), r.set_up(cfg)
-    state = r.new_state(cfg, data, device)
-    state.task, penalty, state.penalty = 1, state.penalty, None
-    r.begin_task(cfg, state)
-    theta = r.flat(state.model.parameters()).detach()
+    cfg, state, batch = second_task_of_digits()
+    theta, penalty = r.flat(state.model.parameters()).detach(), r.LowRankPenalty(1.0)
     for k in range(tasks - 1):
-        mu = torch.randn(theta.shape, generator=r.rng(device, "mu", k))
+        mu = torch.randn(theta.shape, generator=r.rng(theta.device, "mu", k))
         penalty.add((mu, theta.new_tensor(1e-6)), theta)
-    task = r.split_tasks(data, cfg.tasks)[1]
-    batch = next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
     seconds = []
     for _ in range(100):  # a step without the penalty, then the penalty and its gradient
         times = [time.perf_counter()]
@@ -389,6 +415,19 @@ def growth(to: Path, counts: tuple = (2, 5, 10), epochs: int = 27) -> dict:
     return content
 
 
+def as_table(content: dict, lines: dict[str, dict]) -> str:
+    """The lines of a bench as a table, for the notebook."""
+    rows = []
+    for name, line in lines.items():
+        missed = line["aim"] and line["ratio"] < line["aim"]
+        seconds = {column: f"{line[column]:.3g}" for column in ("plain s", "ours s")}
+        ratio = {"ratio": f"{line['ratio']:.1f}" + (" (missed)" if missed else "")}
+        ratio["aim"] = line["aim"] and f"{line['aim']:g}"
+        rows.append({"piece of work": name} | seconds | ratio | {"difference": f"{line['difference']:.0e}"})
+    names = [content[name] for name in ("device", "torch", "dataset", "script")]
+    return f"{markdown(rows)}\nOn a {names[0]}, PyTorch {names[1]}, the network of {names[2]}; script {names[3]}.\n"
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Print a line for each piece of work, write them, and return them by name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -403,7 +442,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     r.BAR["disable"], bench = True, Bench(given.quick)
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name() if bench.gpu else cpu
-    content = {"device": name, "torch": torch.__version__, "dataset": bench.cfg.dataset}
+    content = {"device": name, "torch": torch.__version__, "dataset": bench.cfg.dataset, "script": r.SCRIPT}
     print(f"{', '.join(content.values())}\n\n{'':57}plain s   ours s  ratio  aim  difference")
     bench_fisher(bench)
     step_seconds = bench_training(bench)
@@ -416,10 +455,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     content |= bench.lines
     if not given.quick:
         content["training step"] = step_against_matrix_products(bench, step_seconds)
+        if not bench.gpu:
+            content["ms of a training step"] = milliseconds_by_threads()
         content["AFID of short runs"] = short_runs(bench.device)
         given.to = given.to or Path(__file__).with_name(f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json")
     if given.to:
         r.write_json(given.to, content)
+        with r.whole(given.to.with_suffix(".md")) as file:
+            file.write(as_table(content, bench.lines).encode())
     return bench.lines
 
 
