@@ -123,6 +123,11 @@ SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # says wh
 TORCHRUN = dist.is_torchelastic_launched() and "LOCAL_RANK" in os.environ
 ENV = os.environ if TORCHRUN else {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 WORLD, RANK, LOCAL_RANK = int(ENV["WORLD_SIZE"]), int(ENV["RANK"]), int(ENV["LOCAL_RANK"])
+# Where one of these is closed, or takes ASCII alone, words are lost, but no run.
+sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 10, "dynamic_ncols": True, "disable": RANK > 0}
 
 
@@ -244,7 +249,8 @@ def load_data(name: str, data_dir: Path) -> Data:
     try:
         data = load(data_dir)
     except DAMAGED as error:
-        stop(f"{name} is missing or damaged ({error}): put {data_dir / files} there, or name a --data-dir")
+        reason = f"{type(error).__name__}: {error}"
+        stop(f"{name} is missing or damaged ({reason}): put {data_dir / files} there, or name a --data-dir")
     every_class = torch.arange(int(data.y.max()) + 1)
     for y in (data.y, data.test_y):
         classes, counts = y.unique(return_counts=True)
@@ -461,7 +467,7 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
 # 1612.00796): F_jj = E[g_j^2]. Arguments: any model; images x (N, C, H, W) uint8, or floats as they are, and
 # classes y (N,); the number n of samples; a generator on their device; the first timestep and the end;
 # loss(predict, x0, t, eps, y) -> (B,), of each sample. FloatingPointError: a gradient is not finite.
-# ValueError: not every weight has a gradient, or the samples none of their own.
+# ValueError: not every weight has a gradient, or the samples none of their own, or no samples.
 
 
 def dot64(a: Tensor, b: Tensor) -> float:
@@ -471,6 +477,8 @@ def dot64(a: Tensor, b: Tensor) -> float:
 
 def fisher_batches(x: Tensor, y: Tensor, n: int, generator, timesteps=EVERY_STEP) -> Iterator[tuple]:
     """n samples (x0, t, eps, y) in batches: each image once, in random order, before one comes again."""
+    if not (n > 0 and 0 < len(x) == len(y)):
+        raise ValueError(f"cannot take {n} samples of {len(x)} images with {len(y)} classes")
     rounds = range(math.ceil(n / len(x)))
     chosen = torch.cat([torch.randperm(len(x), generator=generator, device=x.device) for _ in rounds])
     for index in chosen[:n].split(FISHER_BATCH):
@@ -486,7 +494,14 @@ def as_function(model: nn.Module, loss: Callable) -> tuple[dict[str, Tensor], Ca
     batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(m.running_mean is None for m in batch_norms):
         raise ValueError("a batch norm without running statistics mixes the samples: use another norm")
-    return theta, lambda theta, batch: loss(lambda *inputs: functional_call(model, theta, inputs), *batch)
+
+    def loss_at(theta, batch):
+        value = loss(lambda *inputs: functional_call(model, theta, inputs), *batch)
+        if value.shape != batch[0].shape[:1]:
+            raise ValueError(f"the loss must be a number for each sample, (B,), not {tuple(value.shape)}")
+        return value
+
+    return theta, loss_at
 
 
 def contiguous(_: nn.Module, inputs: tuple) -> tuple:
@@ -1058,7 +1073,7 @@ def read_result(path: Path) -> dict:
         result = json.loads(path.read_text())
         result["config"], table(result)  # fails if anything of this is missing
     except DAMAGED as error:
-        stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
+        stop(f"{path} is damaged ({type(error).__name__}): remove it, or start its run over with --fresh")
     return result
 
 
@@ -1224,7 +1239,8 @@ def main(argv: list[str] | None = None) -> dict:
     except FloatingPointError as error:
         stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
     except OSError as error:
-        stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror or error})")
+        place = error.filename or f"{cfg.out}, or the output,"
+        stop(f"{place} cannot be read or written ({error.strerror or error})")
     except torch.OutOfMemoryError:
         stop(f"{cfg.device} has too little memory: raise --accumulate ({cfg.accumulate}) or lower --channels")
     print(f"{table(result)}\nIn {cfg.out}: result.json, fid.png, samples-task<k>.png, log.jsonl, model.pt")

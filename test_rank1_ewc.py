@@ -302,6 +302,16 @@ def test_what_the_fishers_cannot_do_they_refuse_and_say_why(fisher, spoil, words
     assert all(word in str(refused.value) for word in words.split())
 
 
+@pytest.mark.parametrize("fisher", [r.rank1_fisher, r.diagonal_fisher])
+def test_the_fishers_refuse_a_loss_that_is_not_a_number_for_each_sample_and_no_samples(fisher):
+    model, (x, y) = small_unet(), small_images()
+    with pytest.raises(ValueError, match="a number for each sample"):
+        fisher(model, x, y, 6, generator(), loss=lambda *a: r.per_sample_loss(*a).mean())
+    for n, images in ((0, x), (6, x[:0]), (6, x[:2])):
+        with pytest.raises(ValueError, match="cannot take"):
+            fisher(model, images, y, n, generator())
+
+
 def test_mu_is_refused_if_the_loss_does_not_depend_on_the_weights():
     with pytest.raises(FloatingPointError, match="does not depend on the weights"):
         r.rank1_fisher(
@@ -891,6 +901,13 @@ def test_world_size_without_torchrun_is_one_process(monkeypatch):
     show = "import rank1_ewc as r; print(r.WORLD, r.RANK)"
     done = subprocess.run([sys.executable, "-c", show], cwd=SCRIPT.parent, capture_output=True, check=True)
     assert done.stdout.split() == [b"1", b"0"]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_a_closed_stream_or_one_that_takes_ascii_alone_ends_no_run(closed):
+    show = "import rank1_ewc as r; print('\xb1'); r.tqdm.write('\xb1'); [*r.tqdm('abc', **r.BAR)]"
+    command = f"PYTHONIOENCODING=ascii {shlex.quote(sys.executable)} -c {shlex.quote(show)} {closed}"
+    subprocess.run(command, shell=True, cwd=SCRIPT.parent, check=True)
 
 
 @needs_cuda

@@ -416,7 +416,7 @@ def growth(to: Path, counts: tuple = (2, 5, 10), epochs: int = 27) -> dict:
 
 
 def as_table(content: dict, lines: dict[str, dict]) -> str:
-    """The lines of a bench as a table, for the notebook."""
+    """The lines of a bench as a table, and what else it measured, for the notebook."""
     rows = []
     for name, line in lines.items():
         missed = line["aim"] and line["ratio"] < line["aim"]
@@ -425,7 +425,12 @@ def as_table(content: dict, lines: dict[str, dict]) -> str:
         ratio["aim"] = line["aim"] and f"{line['aim']:g}"
         rows.append({"piece of work": name} | seconds | ratio | {"difference": f"{line['difference']:.0e}"})
     names = [content[name] for name in ("device", "torch", "dataset", "script")]
-    return f"{markdown(rows)}\nOn a {names[0]}, PyTorch {names[1]}, the network of {names[2]}; script {names[3]}.\n"
+    notes = [f"On a {names[0]}, PyTorch {names[1]}, the network of {names[2]}; script {names[3]}."]
+    for name in ("ms of a training step", "AFID of short runs"):
+        for key, value in content.get(name, {}).items():
+            values = value if isinstance(value, list) else [value]
+            notes.append(f"- {name}, {key}: {', '.join(f'{v:.0f}' for v in values)}")
+    return "\n".join([markdown(rows), *notes, ""])
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
