@@ -107,18 +107,23 @@ PARTS += lam=8000+fisher-timesteps=667$(comma)1000
 timesteps: OVER = curvature
 timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,$(PARTS)))
 timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvature
-OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=25 rank1-eig+lam=250 rank4+lam=250 diag+lam=1 diag+lam=10)
+OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=250 rank4+lam=250 diag+lam=10)
 directions: OVER = curvature
 directions: $(AVERAGED) $(call five,constant/studies,$(OTHERS))  ## F's top eigenvectors and its diagonal, against mu
+binds: OVER = lam
+BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
+binds: $(call some,0 1,constant/studies,$(BOUND))
+binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
 replay-steps: OVER = replay_steps
 replay-steps: $(call five,constant/digits,gd+ema=0.99)
-replay-steps: $(call five,constant/studies,$(patsubst %,gd+replay-steps=%+ema=0.99,2 5 10))
+replay-steps: $(call five,constant/studies,$(patsubst %,gd+replay-steps=%+ema=0.99,2 5))
 replay-steps:  ## the replay pool in fewer DDIM steps than 20
 replay-pool: OVER = replay_per_class
 replay-pool: $(call five,constant/digits,gd+ema=0.99)
 replay-pool: $(call five,constant/studies,$(patsubst %,gd+replay-per-class=%+ema=0.99,10 50))
 replay-pool:  ## and of fewer images than 200 a class
-COMPARED = search-rate search-lambda lambda lambda-ema average timesteps directions replay-steps replay-pool
+COMPARED = search-rate search-lambda lambda lambda-ema average timesteps directions binds
+COMPARED += replay-steps replay-pool
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 

@@ -1284,6 +1284,11 @@ def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(t
     assert (tmp_path / "new" / "lambda.png").stat().st_size > 10_000
 
 
+def test_drift_is_told_along_unit_vectors_of_all_directions_of_a_task():
+    run = {"fisher": [{"mu_norm": 2.0}, {"mu_norm": 0.5}], "drift": [[9.0, 9.0], [4.0, -4.0, 1.0, 1.0]]}
+    assert report.mean_drift([run]) == "2.0e+00"
+
+
 def test_a_text_includes_the_tables_as_their_files_now_are(tmp_path):
     Path("table.md").write_text("| new |\n")
     text = "before\n<!-- include: table.md -->\n{}<!-- end -->\nafter\n"

@@ -382,6 +382,16 @@ def distinguishing(runs: Sequence[dict], over: str) -> list[str]:
     return chosen
 
 
+def mean_drift(runs: Sequence[dict]) -> str | None:
+    """How far the weights ended from the old theta* along each direction: root mean square, of unit vectors."""
+    squares = []
+    for run in runs:
+        norms = [fisher["mu_norm"] for fisher in run["fisher"] if "mu_norm" in fisher]
+        drift = run["drift"][-1] if norms else []  # of each task's direction or directions, task after task
+        squares += [(d / norms[i * len(norms) // len(drift)]) ** 2 for i, d in enumerate(drift)]
+    return f"{np.sqrt(np.mean(squares)):.1e}" if squares else None
+
+
 def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
 
@@ -406,7 +416,8 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
             curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
             row["curvature"] = curvature and float(f"{curvature:.3g}")
         differences += [row | difference for difference in paired(rows[key], runs, told)]
-        table.append(row | {"seeds": [run["seed"] for run in rows[key]]} | means(rows[key]) | features)
+        row |= {"drift": mean_drift(rows[key]), "seeds": [run["seed"] for run in rows[key]]}
+        table.append(row | means(rows[key]) | features)
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
     parts = [markdown(shown), markdown(differences_table(differences)), *code_note(runs)]
     text = "\n".join(parts).rstrip() + "\n"
