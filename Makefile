@@ -80,7 +80,7 @@ results/%/result.json: | .venv/installed
 some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/result.json))
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
-falling: $(call some,0 1 2,falling/digits,joint gd rank1) $(call some,3,falling/digits,gd)
+falling: $(call some,0 1 2,falling/digits,joint) $(call five,falling/digits,gd rank1)
 falling:  ## rank-1 EWC against GD at the demo's learning rate, which falls to 0
 constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)  ## and at a constant one
 falling constant:
@@ -100,7 +100,7 @@ AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+e
 lambda-ema: OVER = curvature
 lambda-ema: $(AVERAGED)  ## and where a task ends with an average of its weights
 average: OVER = ema
-average: $(call some,0 1 2 3,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
+average: $(call five,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
 average:  ## GD with the average at a constant rate, against GD at the falling one
 PARTS = lam=250+fisher-timesteps=0$(comma)333 lam=3000+fisher-timesteps=333$(comma)667
 PARTS += lam=8000+fisher-timesteps=667$(comma)1000
