@@ -92,9 +92,12 @@ search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant rate, on
 search-lambda: OVER = curvature
 search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix diag+lam=,1 10 100 1000))
 search-lambda:  ## and which lambda, rank-1 and diagonal
+lambda-falling: OVER = curvature
+lambda-falling: $(call five,falling/digits,gd rank1) $(call five,falling/studies,rank1+lam=100)
+lambda-falling:  ## rank-1 EWC against GD over lambda, at the falling rate
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
-lambda:  ## rank-1 EWC against GD over lambda, at the constant rate
+lambda:  ## and at the constant rate
 AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
 AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
@@ -114,16 +117,7 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
-replay-steps: OVER = replay_steps
-replay-steps: $(call five,constant/digits,gd+ema=0.99)
-replay-steps: $(call five,constant/studies,$(patsubst %,gd+replay-steps=%+ema=0.99,2 5))
-replay-steps:  ## the replay pool in fewer DDIM steps than 20
-replay-pool: OVER = replay_per_class
-replay-pool: $(call five,constant/digits,gd+ema=0.99)
-replay-pool: $(call five,constant/studies,$(patsubst %,gd+replay-per-class=%+ema=0.99,10 50))
-replay-pool:  ## and of fewer images than 200 a class
-COMPARED = search-rate search-lambda lambda lambda-ema average timesteps directions binds
-COMPARED += replay-steps replay-pool
+COMPARED = search-rate search-lambda lambda-falling lambda lambda-ema average timesteps directions binds
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 

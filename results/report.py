@@ -420,7 +420,7 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         table.append(row | means(rows[key]) | features)
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
     parts = [markdown(shown), markdown(differences_table(differences)), *code_note(runs)]
-    text = "\n".join(parts).rstrip() + "\n"
+    text = "\n".join(part for part in parts if part.strip()).rstrip() + "\n"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
