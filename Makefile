@@ -80,8 +80,7 @@ results/%/result.json: | .venv/installed
 some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/result.json))
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
-falling: $(call five,falling/digits,joint gd rank1)
-falling:  ## rank-1 EWC against GD at the demo's learning rate, which falls to 0
+falling: $(call five,falling/digits,joint gd rank1)  ## rank-1 EWC against GD at a learning rate that falls to 0
 constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)  ## and at a constant one
 falling constant:
 	$(PY) -m results.report results/$@/digits

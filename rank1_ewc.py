@@ -467,7 +467,7 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
 # 1612.00796): F_jj = E[g_j^2]. Arguments: any model; images x (N, C, H, W) uint8, or floats as they are, and
 # classes y (N,); the number n of samples; a generator on their device; the first timestep and the end;
 # loss(predict, x0, t, eps, y) -> (B,), of each sample. FloatingPointError: a gradient is not finite.
-# ValueError: not every weight has a gradient, or the samples none of their own, or no samples.
+# ValueError: a frozen weight, a batch norm that mixes samples, no samples, a loss that is not (B,).
 
 
 def dot64(a: Tensor, b: Tensor) -> float:
@@ -552,7 +552,7 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
             with sdpa_kernel(SDPBackend.MATH):  # other attention kernels cannot be batched so
                 g = vmap(gradient, in_dims=(None, *(0 for _ in part)))(theta, *part)  # each (b, *shape)
             g = torch.cat([v.flatten(1) for v in g.values()], 1)
-            for i in (~g.sum(1).isfinite()).nonzero().flatten().tolist():
+            for i in (~g.sum(1).isfinite()).nonzero().flatten().tolist():  # a sum is finite if all parts are
                 sample = f"class {part[3][i]}, timestep {part[1][i]}, loss {loss_at(theta, part)[i]:g}"
                 raise FloatingPointError(f"the gradient of a sample is not finite ({sample})")
             yield g

@@ -903,10 +903,9 @@ def test_world_size_without_torchrun_is_one_process(monkeypatch):
     assert done.stdout.split() == [b"1", b"0"]
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
-def test_a_closed_stream_or_one_that_takes_ascii_alone_ends_no_run(closed):
+def test_a_closed_stderr_and_a_stdout_that_takes_ascii_alone_end_no_run():
     show = "import rank1_ewc as r; print('\xb1'); r.tqdm.write('\xb1'); [*r.tqdm('abc', **r.BAR)]"
-    command = f"PYTHONIOENCODING=ascii {shlex.quote(sys.executable)} -c {shlex.quote(show)} {closed}"
+    command = f"PYTHONIOENCODING=ascii {shlex.quote(sys.executable)} -c {shlex.quote(show)} 2>&-"
     subprocess.run(command, shell=True, cwd=SCRIPT.parent, check=True)
 
 

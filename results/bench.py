@@ -340,10 +340,9 @@ def second_task_of_digits() -> tuple[r.Settings, r.State, tuple]:
 
 def milliseconds_by_threads() -> dict[str, float]:
     """A training step in one thread and in two, on idle cores and beside a process that keeps one busy."""
-    training_step, found = second_task_of_digits(), {}
-    usual = torch.get_num_threads()
-    for beside in ("idle cores", "one busy"):
-        busy = subprocess.Popen([sys.executable, "-c", "while True: pass" if beside == "one busy" else ""])
+    training_step, medians, usual = second_task_of_digits(), {}, torch.get_num_threads()
+    for beside, program in {"idle cores": "", "one busy": "while True: pass"}.items():
+        other = subprocess.Popen([sys.executable, "-c", program])
         for threads in (1, 2):
             torch.set_num_threads(threads)
             seconds = []
@@ -351,12 +350,12 @@ def milliseconds_by_threads() -> dict[str, float]:
                 started = time.perf_counter()
                 r.train_step(*training_step)
                 seconds.append(time.perf_counter() - started)
-            found[f"{beside}, threads {threads}"] = 1000 * float(np.median(seconds[3:]))
-        busy.kill()
-        busy.wait()
+            medians[f"{beside}, threads {threads}"] = 1000 * float(np.median(seconds[3:]))
+        other.kill()
+        other.wait()
     torch.set_num_threads(usual)
-    print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in found.items()))
-    return found
+    print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in medians.items()))
+    return medians
 
 
 def penalty_share_of_a_step(tasks: int) -> float:
