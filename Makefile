@@ -77,11 +77,15 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
 results/%/result.json: | .venv/installed
 	$(call one_run,digits) $(@D)
+results/%/model.pt: | .venv/installed
+	$(call one_run,digits) $(@D) --fresh
 some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/result.json))
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
-falling: $(call five,falling/digits,joint gd rank1)  ## rank-1 EWC against GD at a learning rate that falls to 0
-constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)  ## and at a constant one
+TABLE1 = joint finetune replay gd diag-only+lam=10000 rank1-only+lam=10000 diag rank1
+falling: $(call five,falling/digits,$(TABLE1))  ## Table 1 at a learning rate that falls to 0
+constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)
+constant:  ## rank-1 EWC against GD at a constant one, with and without an average of the weights
 falling constant:
 	$(PY) -m results.report results/$@/digits
 
@@ -91,8 +95,14 @@ search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant rate, on
 search-lambda: OVER = curvature
 search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix diag+lam=,1 10 100 1000))
 search-lambda:  ## and which lambda, rank-1 and diagonal
+SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
+SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
+SEARCHED += $(foreach lam,10 1000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
+search-falling: OVER = curvature
+search-falling: $(call some,100,falling/search,$(SEARCHED))
+search-falling:  ## and which lambda, with and without GD, in both forms, at the falling rate
 lambda-falling: OVER = curvature
-lambda-falling: $(call five,falling/digits,gd rank1) $(call five,falling/studies,rank1+lam=100)
+lambda-falling: $(call five,falling/digits,gd rank1 diag) $(call five,falling/studies,rank1+lam=1 rank1+lam=100)
 lambda-falling:  ## rank-1 EWC against GD over lambda, at the falling rate
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
@@ -119,6 +129,15 @@ binds:  ## how far the weights move along mu and the top eigenvector, without th
 COMPARED = search-rate search-lambda lambda-falling lambda lambda-ema average timesteps directions binds
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
+
+JOINT = joint+seed=0/model.pt
+fisher: $(addprefix results/falling/figure,1.json 2.json 3.json)
+fisher: $(addprefix results/constant/figure,1.json 2.json 3.json vae.json)
+fisher:  ## Figures 1 to 3 and the VAE, of a model of all digits at each rate
+results/falling/figure%.json: results/falling/digits/$(JOINT)
+	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
+results/constant/figure%.json: results/constant/joint/$(JOINT)
+	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
 
 movement: .venv/installed  ## how the weights move along mu while the second task is learned
 	$(PY) -m results.geometry $@ --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100" --to results/$@

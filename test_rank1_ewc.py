@@ -1162,6 +1162,9 @@ def test_a_figure_of_a_run_or_of_its_first_task_is_numbers_and_a_picture(
     assert numbers["samples"] == (200 if "movement" in figure else 20)
     assert (numbers["config"]["method"], numbers["config"]["channels"]) == ("rank1", [8])
     assert torchvision.io.decode_image(str(to.with_suffix(".png"))).float().std() > 1
+    if figure == "3":
+        last_row = to.with_suffix(".md").read_text().splitlines()[-1].split("|")
+        assert last_row[2].strip() == f"{numbers['all timesteps']['c_star']:.2g}"
     assert contents(run) == before
 
 

@@ -5,7 +5,7 @@
 
 RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is learned
 here, and looked at. `movement` goes on to the second task, and watches its steps. Writes NAME.png and, the
-numbers, NAME.json.
+numbers, NAME.json; of 3 and vae the main ones as a table too, NAME.md.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t and mu_t
 those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F.
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import rank1_ewc as r
+from results.report import markdown
 
 TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps that are looked at
 VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is looked at
@@ -123,6 +124,19 @@ def geometry(
     return numbers, mu, (G @ mu).abs() / (lengths * norm)
 
 
+def as_table(described: dict[str, dict]) -> str:
+    """A table of what geometry() says of several F, a row a name."""
+    rows = []
+    for name, at in described.items():
+        first, second, *_ = at["eigenvalues"]
+        values = {"c\\*": at["c_star"], "norm of μ": at["mu_norm"], "of noise alone": at["mu_noise"]}
+        values |= {"λ₁ / trace": at["top_share"], "λ₂ / λ₁": second / first}
+        values |= {"\\|cos\\| of μ and top eigenvector": at["cos_mu_top"]}
+        values |= {f"error of {approximation}": error for approximation, error in at["error"].items()}
+        rows.append({"F": name} | {column: f"{value:.2g}" for column, value in values.items()})
+    return markdown(rows)
+
+
 def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[list[dict], Tensor, Tensor]:
     """Take geometry() at each of TIMES. -> its numbers, mu_t (times, D), |cos(g_i, mu_t)| (times, N)."""
     n, steps = gradients_that_fit(model), tqdm(TIMES, desc="gradients", unit="timestep", **r.BAR)
@@ -179,7 +193,9 @@ def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
         axes.set(xlabel="timestep t")
         add_legend(axes)
     numbers = {"samples": n, "t": TIMES, "at": at_times, "all timesteps": all_timesteps}
-    return numbers | {"cos_mu": cos_mu, "ratio": ratio}, figure
+    described = {f"t = {t}": at for t, at in zip(TIMES, at_times) if t in (100, 700)}
+    table = as_table(described | {"random t": all_timesteps})
+    return numbers | {"cos_mu": cos_mu, "ratio": ratio, "table": table}, figure
 
 
 class VAE(nn.Module):
@@ -244,7 +260,8 @@ def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Fig
     axes.set_xticks(VAE_STEPS, [str(step) for step in VAE_STEPS])
     axes.set_xlim(-3, 1.4 * VAE_STEPS[-1])
     add_legend(axes, ncols=3)
-    return {"samples": n} | numbers, figure
+    table = as_table({name: at[-1] for name, at in numbers.items() if name != "steps"})
+    return {"samples": n, "table": table} | numbers, figure
 
 
 def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor) -> dict[str, list[float]]:
@@ -381,10 +398,14 @@ def main(argv: list[str] | None = None) -> None:
             model = state.model.eval()
     numbers, figure = FIGURES[args.figure](model, data, cfg)
     run = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr:g}"
+    run += " falling to 0" if cfg.lr_decay == "linear" else ""
     size = f"{numbers['samples']:,} samples" + ("" if args.figure == "movement" else " a timestep")
     size = f"{len(r.flat(model.parameters())):,} weights, {size}" if model else size
     figure.suptitle(f"{run}{', first task' if args.first_task else ''}: {size}", fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
+    if table := numbers.pop("table", None):
+        with r.whole(Path(f"{name}.md")) as file:
+            file.write(table.encode())
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
     with r.whole(Path(f"{name}.png")) as file:
         figure.savefig(file, dpi=120)
