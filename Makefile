@@ -77,6 +77,7 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
 results/%/result.json: | .venv/installed
 	$(call one_run,digits) $(@D)
+.PRECIOUS: results/%/model.pt
 results/%/model.pt: | .venv/installed
 	$(call one_run,digits) $(@D) --fresh
 some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/result.json))
@@ -97,12 +98,18 @@ search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix 
 search-lambda:  ## and which lambda, rank-1 and diagonal
 SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
 SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
-SEARCHED += $(foreach lam,10 1000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
 search-falling: OVER = curvature
-search-falling: $(call some,100,falling/search,$(SEARCHED))
-search-falling:  ## and which lambda, with and without GD, in both forms, at the falling rate
+search-falling: $(call some,100,falling/search,$(SEARCHED))  ## and which lambda at the falling rate, in both forms
+search-alone: OVER = lam
+ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
+search-alone: $(call some,100,falling/search,$(ALONE))  ## and without GD
+CONFIRM = $(call some,5 6 7 8 9,falling/confirm,gd rank1)
+confirm: OVER = lam
+confirm: $(CONFIRM)  ## rank-1 EWC against GD at the falling rate once more, on five seeds that chose nothing
+ten-seeds: OVER = lam
+ten-seeds: $(CONFIRM) $(call five,falling/digits,gd rank1)  ## and on these and the first five together
 lambda-falling: OVER = curvature
-lambda-falling: $(call five,falling/digits,gd rank1 diag) $(call five,falling/studies,rank1+lam=1 rank1+lam=100)
+lambda-falling: $(call five,falling/digits,gd rank1) $(call five,falling/studies,rank1+lam=1 rank1+lam=100)
 lambda-falling:  ## rank-1 EWC against GD over lambda, at the falling rate
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
@@ -126,7 +133,8 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
-COMPARED = search-rate search-lambda lambda-falling lambda lambda-ema average timesteps directions binds
+COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds lambda-falling
+COMPARED += lambda lambda-ema average timesteps directions binds
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
@@ -134,7 +142,7 @@ JOINT = joint+seed=0/model.pt
 fisher: $(addprefix results/falling/figure,1.json 2.json 3.json)
 fisher: $(addprefix results/constant/figure,1.json 2.json 3.json vae.json)
 fisher:  ## Figures 1 to 3 and the VAE, of a model of all digits at each rate
-results/falling/figure%.json: results/falling/digits/$(JOINT)
+results/falling/figure%.json: results/falling/joint/$(JOINT)
 	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
 results/constant/figure%.json: results/constant/joint/$(JOINT)
 	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
@@ -147,4 +155,4 @@ check-numbers: falling constant $(COMPARED)  ## the tables of the runs in result
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
-.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement falling constant check-numbers FORCE $(COMPARED)
+.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher falling constant check-numbers FORCE $(COMPARED)

@@ -153,7 +153,7 @@ def figure_2(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     cos, n = cos.cpu().double(), cos.shape[1]
     mean, mean_top = cos.mean(1).tolist(), [at["cos_top"] for at in at_times]
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     above, axes = figure.subplots(2, sharex=True, height_ratios=(1, 2.5))
     above.plot(TIMES, mean, "o-", ms=4, label=r"$\mu_t$")
     above.plot(TIMES, mean_top, "s--", ms=3, label=r"top eigenvector of $F_t$")
@@ -399,9 +399,12 @@ def main(argv: list[str] | None = None) -> None:
     numbers, figure = FIGURES[args.figure](model, data, cfg)
     run = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr:g}"
     run += " falling to 0" if cfg.lr_decay == "linear" else ""
-    size = f"{numbers['samples']:,} samples" + ("" if args.figure == "movement" else " a timestep")
-    size = f"{len(r.flat(model.parameters())):,} weights, {size}" if model else size
-    figure.suptitle(f"{run}{', first task' if args.first_task else ''}: {size}", fontsize="medium")
+    if args.figure == "movement":
+        run += f": second task, mu of the first from {numbers['samples']:,} samples"
+    else:
+        run += f"{', first task' if args.first_task else ''}: {len(r.flat(model.parameters())):,} weights"
+        run += f", {numbers['samples']:,} samples a timestep"
+    figure.suptitle(run, fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
     if table := numbers.pop("table", None):
         with r.whole(Path(f"{name}.md")) as file:

@@ -456,7 +456,7 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
                 style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
                 handles[name] = axes.errorbar(*zip(*own), **style)
         name = "curvature that the penalty adds" if over == "curvature" else f"--{over.replace('_', '-')}"
-        axes.set(xlabel=name, ylabel=measure)
+        axes.set(xlabel=name, ylabel=f"{measure}:\ndifference from GD" if differences else measure)
         axes.set_xscale("log") if wide else axes.tick_params("x", rotation=0 if numeric else 30)
         axes.axhline(0, color="black", lw=0.8) if differences else None
         axes.grid(alpha=0.3)
