@@ -109,8 +109,9 @@ confirm: $(CONFIRM)  ## rank-1 EWC against GD at the falling rate once more, on 
 ten-seeds: OVER = lam
 ten-seeds: $(CONFIRM) $(call five,falling/digits,gd rank1)  ## and on these and the first five together
 lambda-falling: OVER = curvature
-lambda-falling: $(call five,falling/digits,gd rank1) $(call five,falling/studies,rank1+lam=1 rank1+lam=100)
-lambda-falling:  ## rank-1 EWC against GD over lambda, at the falling rate
+lambda-falling: $(call five,falling/digits,gd rank1)
+lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal)
+lambda-falling:  ## rank-1 EWC against GD over lambda, and as a proximal step, at the falling rate
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
 lambda:  ## and at the constant rate
