@@ -395,7 +395,7 @@ def mean_drift(runs: Sequence[dict]) -> str | None:
 def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
 
-    Writes TO.md, TO.json and TO.png.
+    Writes TO.md and TO.json, and TO.png if the setting has several values.
     """
     runs, setting = [read_run(folder) for folder in folders], "lam" if over == "curvature" else over
     if len({run["fid_features"] for run in runs}) > 1:
@@ -425,8 +425,10 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
     r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
-    plot_lines(table, differences, over, Path(f"{to}.png"))
-    print(f"In {to}.md, {to}.json, {to}.png")
+    several = len({row[over] for row in differences or table} - {None}) > 1  # or else it is a single point
+    if several:
+        plot_lines(table, differences, over, Path(f"{to}.png"))
+    print(f"In {to}.md, {to}.json{f', {to}.png' if several else ''}")
 
 
 def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path) -> None:
@@ -485,7 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below; or runs")
     over = {"choices": (*PAPER, "curvature"), "help": "the setting, or curvature, to compare runs over"}
     parser.add_argument("--over", **over)
-    parser.add_argument("--to", type=Path, help="a comparison goes to TO.json and TO.png")
+    parser.add_argument("--to", type=Path, help="a comparison goes to TO.md, TO.json and TO.png")
     parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
     if (args.over is None) != (args.to is None) or (args.over and args.include):
