@@ -69,7 +69,7 @@ def plain(value):
 
 
 PAPER = r.settings_of(r.Settings(**{name: plain(row[0]) for name, row in r.SETTINGS.items()}))
-PAPER["bf16"] = "False"  # where result.json does not say
+PAPER |= {"bf16": "False", "replay_steps": PAPER["sample_steps"]}  # where result.json does not say
 
 
 def read_run(folder: Path) -> dict:
@@ -90,7 +90,8 @@ def read_run(folder: Path) -> dict:
         named = isinstance(run["seed"], int) and isinstance(run["fid_features"], str)
         if not (complete and named and run["dataset"] in DATASETS):
             raise ValueError("its dataset is not known, or its numbers are not all there")
-        settings = PAPER | {name: plain(value) for name, value in run["config"].items() if value is not None}
+        config = {name: plain(value) for name, value in run["config"].items() if value is not None}
+        settings = PAPER | {"replay_steps": config.get("sample_steps", PAPER["sample_steps"])} | config
         settings |= {name: plain(run[name]) for name in ("dataset", "method", "lam", "seed", "fid_features")}
         hash((run.get("script"), *settings.values()))  # fails if one is not plain
     except r.DAMAGED as error:
@@ -103,7 +104,8 @@ def read_run(folder: Path) -> dict:
 
 def usual_settings(run: dict) -> dict:
     """What its dataset's settings are where no flag says otherwise."""
-    return PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
+    usual = PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
+    return usual | {"replay_steps": usual["sample_steps"]}
 
 
 def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
