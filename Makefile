@@ -103,15 +103,26 @@ search-falling: $(call some,100,falling/search,$(SEARCHED))  ## and which lambda
 search-alone: OVER = lam
 ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
 search-alone: $(call some,100,falling/search,$(ALONE))  ## and without GD
-CONFIRM = $(call some,5 6 7 8 9,falling/confirm,gd rank1)
-confirm: OVER = lam
-confirm: $(CONFIRM)  ## rank-1 EWC against GD at the falling rate once more, on five seeds that chose nothing
-ten-seeds: OVER = lam
-ten-seeds: $(CONFIRM) $(call five,falling/digits,gd rank1)  ## and on these and the first five together
+FRESH = $(call some,5 6 7 8 9,$(1),$(2))
+confirm confirm-constant ten-seeds ten-seeds-constant: OVER = lam
+confirm: $(call FRESH,falling/confirm,gd rank1)
+confirm:  ## rank-1 EWC against GD at the falling rate once more, on five seeds that chose nothing
+ten-seeds: $(call FRESH,falling/confirm,gd rank1) $(call five,falling/digits,gd rank1)
+ten-seeds:  ## and on these and the first five together
+CONSTANT = gd rank1+lam=10
+confirm-constant: $(call FRESH,constant/confirm,$(CONSTANT))
+ten-seeds-constant: $(call FRESH,constant/confirm,$(CONSTANT)) $(call five,constant/digits,$(CONSTANT))
+confirm-constant ten-seeds-constant:  ## the same two at the constant rate
 lambda-falling: OVER = curvature
-lambda-falling: $(call five,falling/digits,gd rank1)
-lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal)
-lambda-falling:  ## rank-1 EWC against GD over lambda, and as a proximal step, at the falling rate
+lambda-falling: $(call five,falling/digits,gd rank1 diag)
+lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal diag+lam=1)
+lambda-falling:  ## both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
+replay-steps: OVER = replay_steps
+replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-steps=,2 5 10))
+replay-steps:  ## GD with a replay pool painted in fewer DDIM steps than 20
+replay-pool: OVER = replay_per_class
+replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-per-class=,10 50))
+replay-pool:  ## and of fewer images than 200 a class
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
 lambda:  ## and at the constant rate
@@ -134,8 +145,9 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
-COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds lambda-falling
-COMPARED += lambda lambda-ema average timesteps directions binds
+COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
+COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool lambda lambda-ema average timesteps
+COMPARED += directions binds
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
