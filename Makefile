@@ -109,10 +109,10 @@ confirm: $(call FRESH,falling/confirm,gd rank1)
 confirm:  ## rank-1 EWC against GD at the falling rate once more, on five seeds that chose nothing
 ten-seeds: $(call FRESH,falling/confirm,gd rank1) $(call five,falling/digits,gd rank1)
 ten-seeds:  ## and on these and the first five together
-CONSTANT = gd rank1+lam=10
-confirm-constant: $(call FRESH,constant/confirm,$(CONSTANT))
-ten-seeds-constant: $(call FRESH,constant/confirm,$(CONSTANT)) $(call five,constant/digits,$(CONSTANT))
-confirm-constant ten-seeds-constant:  ## the same two at the constant rate
+CONFIRMED = $(call FRESH,constant/confirm,gd rank1+lam=10 rank1+lam=100)
+confirm-constant: $(CONFIRMED)
+ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100)
+confirm-constant ten-seeds-constant:  ## the same two at the constant rate, with a larger lambda too
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
 lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal diag+lam=1)
@@ -125,7 +125,7 @@ replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addpre
 replay-pool:  ## and of fewer images than 200 a class
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
-lambda:  ## and at the constant rate
+lambda:  ## rank-1 EWC against GD over lambda at the constant rate
 AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
 AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
