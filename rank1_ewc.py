@@ -94,7 +94,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
     "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
-    "compile": (None, bool, None, "compile the network, a minute (default: on GPUs from Ampere on)"),
+    "compile": (None, bool, None, "compile the network, minutes (default: on GPUs from Ampere on)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
     "out": (None, Path, None, "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
