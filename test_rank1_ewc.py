@@ -1273,13 +1273,13 @@ def test_runs_that_belong_in_no_table_are_refused_in_one_line(tmp_path, capsys, 
 def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(tmp_path):
     for seed, afid in enumerate((20.0, 26.0)):
         hand_made_run(tmp_path / f"gd{seed}", "gd", seed, afid, 2.0)
-        for lam in (10.0, 1000.0):
+        for lam in (10.0, 100.0, 1000.0):
             hand_made_run(tmp_path / f"rank1-{lam}-{seed}", "rank1", seed, afid + lam / 100, 2.0, lam=lam)
     runs = [str(folder) for folder in tmp_path.iterdir()]
     report.main([*runs, "--over", "lam", "--to", str(tmp_path / "new" / "lambda")])
     content = json.loads((tmp_path / "new" / "lambda.json").read_text())
     afid = {(row["line"], row["lam"]): [row["AFID"], row["AFID s.e."]] for row in content["rows"]}
-    assert afid.keys() == {("gd", None), ("rank1", 10), ("rank1", 1000)}
+    assert afid.keys() == {("gd", None), ("rank1", 10), ("rank1", 100), ("rank1", 1000)}
     assert afid["rank1", 1000] == pytest.approx([33, 3])
     means = {(row["lam"], row["measure"]): row["mean"] for row in content["paired"]}
     assert [means[10, "AFID"], means[1000, "AFID"], means[10, "forgetting"]] == pytest.approx([0.1, 10, 0])

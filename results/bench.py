@@ -161,8 +161,8 @@ def bench_fisher(bench: Bench) -> None:
     bench.compare("diagonal of F", plain_diagonal, lambda: ours(r.diagonal_fisher), (4, 15), 1e-4)
 
 
-def bench_training(bench: Bench) -> float:
-    """Steps with replay and distillation, on the same batches. -> the seconds of one of ours."""
+def bench_training(bench: Bench) -> None:
+    """Steps with replay and distillation, on the same batches; leaves the seconds of one of ours to the bench."""
     cfg, half, replay = bench.cfg, bench.cfg.batch_size, (bench.task.x.flip(0), bench.task.y.flip(0))
     start = copy.deepcopy(bench.student.state_dict())
     student, teacher = plain_network(cfg, bench.student), plain_network(cfg, bench.teacher)
@@ -193,10 +193,10 @@ def bench_training(bench: Bench) -> float:
         return torch.stack([r.train_step(cfg, state, batch) for batch in batches]).cpu()
 
     name, same_to = f"{bench.steps} training steps ({NETWORK})", None if cfg.bf16 else 1e-3
-    return bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
+    bench.step_seconds = bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
 
 
-def bench_penalty(bench: Bench, step_seconds: float) -> None:
+def bench_penalty(bench: Bench) -> None:
     """The penalty after 19 tasks and its gradient: plain keeps every mu and theta* in float64."""
     theta, penalty, tasks = r.flat(bench.student.parameters()).detach(), r.LowRankPenalty(1.0), []
     generator, c_star = r.rng(bench.device, "penalty"), theta.new_tensor(1e-6)
@@ -216,7 +216,7 @@ def bench_penalty(bench: Bench, step_seconds: float) -> None:
     line = bench.compare(name, lambda: gradient(plain_penalty), lambda: gradient(penalty), (None, None), 1e-4)
     line["plain MB"] = sum(mu.nbytes + theta_star.nbytes for mu, theta_star in tasks) / 2**20
     line["ours MB"] = sum(v.nbytes for v in vars(penalty).values() if torch.is_tensor(v)) / 2**20
-    line["share of a step"], share = line["ours s"] / step_seconds, line["ours MB"] / line["plain MB"]
+    line["share of a step"], share = line["ours s"] / bench.step_seconds, line["ours MB"] / line["plain MB"]
     print(f"    keeps {share:.2f} of the memory (aim: a third)" + ("  missed" if share > 1 / 3 else ""))
 
 
@@ -279,8 +279,8 @@ def bench_reading(bench: Bench) -> None:
     bench.compare(f"reading a task's {len(images):,} images once", plain, ours, (20, 20), 1e-4)
 
 
-def step_against_matrix_products(bench: Bench, seconds: float) -> dict[str, float]:
-    """What share of the speed of large matrix products a training step of so many seconds reaches."""
+def step_against_matrix_products(bench: Bench) -> dict[str, float]:
+    """What share of the speed of large matrix products a training step of bench_training reaches."""
     x0 = torch.zeros(2 * bench.cfg.batch_size, *bench.task.x.shape[1:], device=bench.device)
     zeros = torch.zeros(len(x0), dtype=torch.long, device=bench.device)
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
@@ -289,9 +289,9 @@ def step_against_matrix_products(bench: Bench, seconds: float) -> dict[str, floa
     square = torch.randn(side, side, device=bench.device)
     square = square.bfloat16() if bench.cfg.bf16 else square
     peak = 2 * side**3 / min(bench.timed(lambda: square @ square)[0] for _ in range(20))
-    share = flop / seconds / peak
+    share = flop / bench.step_seconds / peak
     print(f"a training step reaches {share:.0%} of the speed of a large matrix product here")
-    return {"seconds": seconds, "GFLOP": flop / 1e9, "peak GFLOP/s": peak / 1e9, "share": share}
+    return {"seconds": bench.step_seconds, "GFLOP": flop / 1e9, "peak GFLOP/s": peak / 1e9, "share": share}
 
 
 def short_runs(device: torch.device) -> dict[str, list[float]]:
@@ -478,18 +478,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             with r.whole(given.to.with_suffix(".md")) as file:
                 file.write(as_table(content, bench.lines).encode())
 
-    step_seconds = bench_training(bench)
-    if not given.quick:
-        by = milliseconds_by_trick(bench) if bench.gpu else milliseconds_by_threads()
-        print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in by.items()), flush=True)
-        content["ms of a training step"] = by
-        content["training step"] = step_against_matrix_products(bench, step_seconds)
-    keep()
-    bench_penalty_too = partial(bench_penalty, step_seconds=step_seconds)
-    for part in (bench_penalty_too, bench_reading, bench_pool, bench_fisher, bench_frechet_distance):
+    parts = bench_training, bench_penalty, bench_reading, bench_pool, bench_fisher, bench_frechet_distance
+    for part in parts:
         part(bench)
         keep()
     if not given.quick:
+        content["training step"] = step_against_matrix_products(bench)
+        by = milliseconds_by_trick(bench) if bench.gpu else milliseconds_by_threads()
+        print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in by.items()), flush=True)
+        content["ms of a training step"] = by
+        keep()
         content["AFID of short runs"] = short_runs(bench.device)
         keep()
     return bench.lines

@@ -72,6 +72,12 @@ PAPER = r.settings_of(r.Settings(**{name: plain(row[0]) for name, row in r.SETTI
 PAPER |= {"bf16": "False", "replay_steps": PAPER["sample_steps"]}  # where result.json does not say
 
 
+def all_settings(named: dict) -> dict:
+    """The paper's settings, and over them those named; the pool takes the samples' steps if it names none."""
+    named = {name: plain(value) for name, value in named.items() if value is not None}
+    return PAPER | {"replay_steps": named.get("sample_steps", PAPER["sample_steps"])} | named
+
+
 def read_run(folder: Path) -> dict:
     """The finished run in a folder. Stops if there is none, or if result.json is damaged or lacks parts."""
     path = folder / "result.json"
@@ -90,8 +96,7 @@ def read_run(folder: Path) -> dict:
         named = isinstance(run["seed"], int) and isinstance(run["fid_features"], str)
         if not (complete and named and run["dataset"] in DATASETS):
             raise ValueError("its dataset is not known, or its numbers are not all there")
-        config = {name: plain(value) for name, value in run["config"].items() if value is not None}
-        settings = PAPER | {"replay_steps": config.get("sample_steps", PAPER["sample_steps"])} | config
+        settings = all_settings(run["config"])
         settings |= {name: plain(run[name]) for name in ("dataset", "method", "lam", "seed", "fid_features")}
         hash((run.get("script"), *settings.values()))  # fails if one is not plain
     except r.DAMAGED as error:
@@ -104,8 +109,7 @@ def read_run(folder: Path) -> dict:
 
 def usual_settings(run: dict) -> dict:
     """What its dataset's settings are where no flag says otherwise."""
-    usual = PAPER | {name: plain(value) for name, value in r.DATASETS[run["dataset"]].items()}
-    return usual | {"replay_steps": usual["sample_steps"]}
+    return all_settings(r.DATASETS[run["dataset"]])
 
 
 def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
@@ -397,7 +401,7 @@ def mean_drift(runs: Sequence[dict]) -> str | None:
 def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
 
-    Writes TO.md and TO.json, and TO.png if the setting has several values.
+    Writes TO.md and TO.json, and TO.png if some line has three points or more.
     """
     runs, setting = [read_run(folder) for folder in folders], "lam" if over == "curvature" else over
     if len({run["fid_features"] for run in runs}) > 1:
@@ -427,7 +431,9 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
     r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
-    several = len({row[over] for row in differences or table} - {None}) > 1  # or else it is a single point
+    points = {(row["line"], row[over]) for row in differences or table if row[over] is not None}
+    of_each_line = Counter(line for line, _ in points).values()
+    several = max(of_each_line, default=0) > 2  # two points are read in the table
     if several:
         plot_lines(table, differences, over, Path(f"{to}.png"))
     print(f"In {to}.md, {to}.json{f', {to}.png' if several else ''}")
