@@ -94,7 +94,8 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
     "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
-    "compile": (None, bool, None, "compile the network, minutes (default: on GPUs from Ampere on)"),
+    "compile": (False, bool, None, "compile the network for training: takes a minute or two"),
+    "cuda_graph": (None, bool, None, "start all kernels of a step at once (default: on NVIDIA GPUs)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
     "out": (None, Path, None, "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
@@ -107,9 +108,9 @@ SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10,
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
-MAY_CHANGE = ("accumulate", "compile", "data_dir", "out", "fresh", "small")
+MAY_CHANGE = ("accumulate", "compile", "cuda_graph", "data_dir", "out", "fresh", "small")
 
-SAMPLE_BATCH = 200  # images painted together: on a CPU a fifth faster than 100, and than 800
+SAMPLE_BATCH = {"cpu": 200, "cuda": 1000, "mps": 200}  # images painted together
 FISHER_BATCH = 128  # samples of a Fisher computed together
 GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
@@ -455,7 +456,7 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
     """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
-    parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH)
+    parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH[cfg.device])
     for i in my_share(tqdm(parts, name, leave=False, **BAR)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], steps or cfg.sample_steps))
@@ -818,10 +819,6 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
         model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
     except ValueError as error:
         stop(f"--channels: {error}")
-    if cfg.compile:
-        torch._dynamo.config.suppress_errors = True  # without a compiler the network runs as it is
-        torch._dynamo.config.recompile_limit = 32  # student and teacher, training and sampling, some sizes
-        model.compile()
     penalty = METHODS[cfg.method].penalty
     return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
 
@@ -830,9 +827,8 @@ def begin_task(cfg: Settings, state: State) -> None:
     """The model, frozen, is the teacher; a fresh Adam; the average of the weights begins with them."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
-        if cfg.compile:
-            state.teacher.compile()  # the code is compiled already, for the last teacher; the weights differ
-    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr)
+    fused = cfg.device == "cuda"  # all weights in a few kernels
+    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr, fused=fused)
     state.average = flat(state.model.parameters()).detach() if cfg.ema else None
 
 
@@ -921,22 +917,64 @@ def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) ->
         yield x0, *draw_noise(x0, draw["noise"]), labels
 
 
-def train_step(cfg: Settings, state: State, batch: tuple) -> Tensor:
-    """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,)."""
-    parts, step_losses = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device)
-    teacher = state.teacher if METHODS[cfg.method].distill else None
-    state.optimizer.zero_grad()
+def losses_and_gradient(cfg: Settings, state: State, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    """L_T and L_GD (2,) of a batch (x0, t, eps, y), and the gradient (D,) of their sum."""
+    student, teacher = state.model, state.teacher if METHODS[cfg.method].distill else None
+    if cfg.compile:
+        student, teacher = (v and torch.compile(v, dynamic=False) for v in (student, teacher))
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # for tensor cores
+        denoise, distill = losses(student, teacher, *batch)
+    gradient = torch.autograd.grad(denoise + distill, [*state.model.parameters()])
+    return torch.stack([denoise, distill]).detach(), flat(gradient)
+
+
+class Recorded:
+    """function(*tensors) as a CUDA graph, for tensors that keep their shapes.
+
+    A GPU is done with a small kernel sooner than the CPU has started the next. So the thousands of a step are
+    recorded at the first call, and from then on started at once.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.graph = function, None
+
+    def record(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors, self.graph = [*map(torch.clone, tensors)], torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.random.fork_rng(), torch.cuda.stream(side):
+            self.function(*self.tensors)  # what a first call sets up is not to be recorded
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.result = self.function(*self.tensors)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not self.graph:
+            self.record(tensors)
+        for mine, given in zip(self.tensors, tensors):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.result
+
+
+def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable | None = None) -> Tensor:
+    """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,).
+
+    gradient_of: losses_and_gradient of this cfg and state, or that recorded.
+    """
+    gradient_of = gradient_of or partial(losses_and_gradient, cfg, state)
+    parts, step_losses, gradient = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device), 0.0
     # Part i takes the rows i, i + parts, ..: each part is half real, half replayed, like the whole batch.
     for i in range(RANK, parts, WORLD):
-        with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):  # for tensor cores
-            denoise, distill = losses(state.model, teacher, *(v[i::parts].contiguous() for v in batch))
-        loss = denoise + distill  # L_T + L_GD; backward() adds to the gradients that the penalty then adds to
-        (loss / parts).backward()
-        step_losses[:2] += torch.stack([denoise, distill]).detach() / parts
-    if WORLD > 1:  # each process has the losses and gradients of its own rows
+        part_losses, part_gradient = gradient_of(*(v[i::parts].contiguous() for v in batch))
+        step_losses[:2] += part_losses / parts
+        gradient = gradient + part_gradient / parts
+    if WORLD > 1:  # each process has the losses and the gradient of its own rows
         all_sum(step_losses)
-        grads = [p.grad for p in state.model.parameters()]
-        vector_to_parameters(all_sum(flat(grads)), grads)
+        all_sum(gradient)
+    weights = [*state.model.parameters()]
+    for p, its_gradient in zip(weights, gradient.split([p.numel() for p in weights])):
+        p.grad = its_gradient.view_as(p)  # to which the penalty's backward() adds
     if state.penalty and state.task > 0:  # after the sum: once, and the same in every process
         ewc = state.penalty(flat(state.model.parameters()))
         step_losses[2] = ewc.detach()
@@ -955,6 +993,8 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
     if size % parts:
         stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
     steps, name = cfg.epochs * (n // size), f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
+    gradient_of = partial(losses_and_gradient, cfg, state)
+    gradient_of = Recorded(gradient_of) if cfg.cuda_graph else gradient_of
     with tqdm(initial=state.step, total=steps, desc=name, unit="step", **BAR) as bar:
         while state.epoch < cfg.epochs:
             state.model.train()
@@ -963,7 +1003,7 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
                 for batch in epoch_batches(cfg, state, task, replay, size):
                     if cfg.lr_decay == "linear":
                         state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
-                    epoch_losses.append(train_step(cfg, state, batch))
+                    epoch_losses.append(train_step(cfg, state, batch, gradient_of))
                     if cfg.ema:
                         state.average.lerp_(flat(state.model.parameters()).detach(), 1 - cfg.ema)
                     state.step += 1
@@ -1025,9 +1065,9 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
             theta = flat(state.model.parameters()).detach()
             if k > 0:
                 state.drift.append(state.penalty.drift(theta).tolist())
-            if k + 1 < cfg.tasks:  # torch.func cannot derive compiled code, so eagerly
+            if k + 1 < cfg.tasks:
                 draws = (cfg.fisher_samples, rng(device, cfg.seed, "fisher", k), cfg.fisher_timesteps)
-                with timed(state, "fisher"), torch.compiler.set_stance("force_eager"):
+                with timed(state, "fisher"):
                     fisher = method.fisher(state.model, task.x, task.y, *draws)
                 state.fisher.append(state.penalty.add(fisher, theta))
         with timed(state, "fid"):
@@ -1055,7 +1095,8 @@ def result_of(cfg: Settings, state: State) -> dict:
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
     result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
     result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
-    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": WORLD, "compiled": cfg.compile}
+    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": WORLD}
+    result |= {"compiled": cfg.compile, "cuda_graph": cfg.cuda_graph}
     result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     return result | {"seconds": {part: round(v, 1) for part, v in state.seconds.items()}}
 
@@ -1176,8 +1217,9 @@ def set_up(cfg: Settings) -> torch.device:
         torch.set_num_threads(1)
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     cfg.bf16 = ampere if cfg.bf16 is None else cfg.bf16
-    cfg.compile = ampere if cfg.compile is None else cfg.compile
+    cfg.cuda_graph = device.type == "cuda" if cfg.cuda_graph is None else cfg.cuda_graph
     torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
     return device
 

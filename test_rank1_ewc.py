@@ -95,7 +95,7 @@ def weights_of(model):
 
 def settings(**changed):
     """Settings as parse_args and set_up make them, on the CPU."""
-    cfg = vars(r.parse_args(QUICK)) | {"device": "cpu", "bf16": False, "compile": False}
+    cfg = vars(r.parse_args(QUICK)) | {"device": "cpu", "bf16": False, "cuda_graph": False}
     return r.Settings(**cfg | changed)
 
 
@@ -913,6 +913,23 @@ def test_a_closed_stderr_and_a_stdout_that_takes_ascii_alone_end_no_run():
 def test_a_run_on_cuda_goes_on_after_an_interrupt(tmp_path):
     interrupted(tmp_path, "train_step", 11, *LONGER, "--device=cuda")
     assert len(run_main(tmp_path, *LONGER, "--device=cuda")["fid"]) == 5
+
+
+@needs_cuda
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_recorded_steps_are_the_same_as_others(accumulate):
+    x, y = (v.cuda() for v in small_images(40))
+    task, losses, weights = r.Data(x, y, x, y), [], []
+    cfg = settings(device="cuda", method="gd", accumulate=accumulate)
+    for way in (lambda function: function, r.Recorded):
+        student, teacher = small_unet(dropout=0.1).cuda(), small_unet(seed=1).cuda().eval()
+        state = r.State(student, torch.optim.Adam(student.parameters(), lr=1e-3), teacher, task=1)
+        gradient_of = way(functools.partial(r.losses_and_gradient, cfg, state))
+        batches = r.epoch_batches(cfg, state, task, (x, y), 8)
+        losses.append(torch.stack([r.train_step(cfg, state, batch, gradient_of) for batch in batches]))
+        weights.append(weights_of(student))
+    assert len(losses[0]) == 5
+    assert torch.equal(*losses) and torch.equal(*weights)
 
 
 @needs_cuda

@@ -7,7 +7,7 @@
 The plain way is what a reader of the paper would write first: a loop over samples, over tasks, over classes,
 around diffusers' network and sampler where diffusers is installed. Each piece of work is done in both ways,
 turn about, and what counts is the ratio of the median times. On a CPU the network is the digits'. On a GPU
-it is the paper's, and ours trains and samples compiled and in bfloat16, as a run does.
+it is the paper's, and ours trains and samples in bfloat16, its steps recorded, as in a run.
 """
 
 import argparse
@@ -48,11 +48,15 @@ except ImportError:
 
 NETWORK = "diffusers" if diffusers else "plain PyTorch"
 SIZES = {  # settings of the script; on a GPU fewer images to paint than in a run
-    "quick": "--fisher-samples 20 --batch-size 8 --replay-per-class 5 --sample-steps 4 --no-compile",
+    "quick": "--fisher-samples 20 --batch-size 8 --replay-per-class 5 --sample-steps 4",
     "cpu": "--fisher-samples 200",
     "cuda": "--dataset mnist --fisher-samples 128 --replay-per-class 100 --sample-steps 10",
 }
 VARIANTS = {"plain": "", "bf16": "--bf16", "compile": "--compile", "accumulate 2": "--accumulate 2"}
+
+
+TRICKS = ["float32", "bf16", "bf16 channels_last", "bf16 repeatable", "bf16 repeatable fused"]
+TRICKS += ["bf16 repeatable fused recorded", "bf16 repeatable fused recorded compiled"]
 
 
 class Bench:
@@ -88,7 +92,7 @@ class Bench:
         the results that is allowed; None where ours is in bfloat16; plain then has PyTorch's defaults.
         """
         seconds = []
-        for _ in range(2 if self.quick else 6):
+        for _ in range(2 if self.quick else 4 if self.gpu else 6):
             torch.backends.cudnn.allow_tf32 = same_to is None
             torch.use_deterministic_algorithms(self.gpu and same_to is not None, warn_only=True)
             plain_s, plain_result = self.timed(plain)
@@ -118,7 +122,7 @@ def difference(plain: float | Tensor | tuple, ours: float | Tensor | tuple) -> f
 
 
 def plain_network(cfg: r.Settings, ours: nn.Module) -> nn.Module:
-    """Diffusers' network with the weights of ours; without diffusers a copy of ours that is not compiled."""
+    """Diffusers' network with the weights of ours; without diffusers a copy of ours."""
     if not diffusers:
         return copy.deepcopy(ours)
     down, up = ["DownBlock2D"] * len(cfg.channels), ["UpBlock2D"] * len(cfg.channels)
@@ -136,7 +140,7 @@ def plain_network(cfg: r.Settings, ours: nn.Module) -> nn.Module:
 
 def bench_fisher(bench: Bench) -> None:
     """The Fisher of a task: plain is the gradient of one sample at a time, summed in float64."""
-    model = copy.deepcopy(bench.student).eval()  # the copy is not compiled, which torch.func needs
+    model = copy.deepcopy(bench.student).eval()
     x, y, n = bench.task.x, bench.task.y, bench.cfg.fisher_samples
 
     def one_by_one(generator):
@@ -161,6 +165,12 @@ def bench_fisher(bench: Bench) -> None:
     bench.compare("diagonal of F", plain_diagonal, lambda: ours(r.diagonal_fisher), (4, 15), 1e-4)
 
 
+def training_way(cfg: r.Settings, state: r.State) -> Callable:
+    """The losses and the gradient of a batch as a run with these settings takes them."""
+    gradient_of = partial(r.losses_and_gradient, cfg, state)
+    return r.Recorded(gradient_of) if cfg.cuda_graph else gradient_of
+
+
 def bench_training(bench: Bench) -> None:
     """Steps with replay and distillation, on the same batches; leaves the seconds of one of ours to the bench."""
     cfg, half, replay = bench.cfg, bench.cfg.batch_size, (bench.task.x.flip(0), bench.task.y.flip(0))
@@ -169,7 +179,9 @@ def bench_training(bench: Bench) -> None:
 
     def begin(student):  # from the same weights, in the second task
         student.load_state_dict(start)
-        state = r.State(student, torch.optim.Adam(student.parameters(), lr=cfg.lr), bench.teacher, task=1)
+        fused = bench.gpu and student is bench.student  # as in a run
+        optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=fused)
+        state = r.State(student, optimizer, bench.teacher, task=1)
         return state, r.epoch_batches(cfg, state, bench.task, replay, half)
 
     def plain():
@@ -188,9 +200,11 @@ def bench_training(bench: Bench) -> None:
             step_losses.append([denoise.item(), distill.item(), 0.0])
         return torch.tensor(step_losses)
 
+    gradient_of = training_way(cfg, begin(bench.student)[0])
+
     def ours():
         state, batches = begin(bench.student)
-        return torch.stack([r.train_step(cfg, state, batch) for batch in batches]).cpu()
+        return torch.stack([r.train_step(cfg, state, batch, gradient_of) for batch in batches]).cpu()
 
     name, same_to = f"{bench.steps} training steps ({NETWORK})", None if cfg.bf16 else 1e-3
     bench.step_seconds = bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
@@ -230,7 +244,7 @@ def bench_pool(bench: Bench) -> None:
         generator, images = r.rng(bench.device, cfg.seed, "replay pool"), []
         noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=bench.device)
         for c in range(num_old):
-            for x in noise.split(r.SAMPLE_BATCH):
+            for x in noise.split(200):
                 y = torch.full((len(x),), c, device=bench.device)
                 if diffusers:
                     scheduler = diffusers.DDIMScheduler()
@@ -283,7 +297,7 @@ def step_against_matrix_products(bench: Bench) -> dict[str, float]:
     """What share of the speed of large matrix products a training step of bench_training reaches."""
     x0 = torch.zeros(2 * bench.cfg.batch_size, *bench.task.x.shape[1:], device=bench.device)
     zeros = torch.zeros(len(x0), dtype=torch.long, device=bench.device)
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    with FlopCounterMode(display=False) as counter:
         sum(r.losses(bench.student, bench.teacher, x0, zeros, x0, zeros)).backward()
     side, flop = 8192 if bench.gpu else 2048, counter.get_total_flops()
     square = torch.randn(side, side, device=bench.device)
@@ -358,23 +372,19 @@ def milliseconds_by_threads() -> dict[str, float]:
     return medians
 
 
-def milliseconds_by_trick(bench: Bench) -> dict[str, float]:
-    """A training step of GD on a GPU, with what PyTorch has to make it faster, and with what repeatable."""
-    cfg, replay, medians = copy.deepcopy(bench.cfg), (bench.task.x, bench.task.y), {}
-    for tricks in ("float32", "bf16", "bf16 channels_last", "bf16 repeatable", "bf16 repeatable compiled"):
-        student, teacher = (copy.deepcopy(network) for network in (bench.student, bench.teacher))
-        for network in (student, teacher):  # the copies are not compiled
-            if "channels_last" in tricks:
-                network.to(memory_format=torch.channels_last)
-            if "compiled" in tricks:
-                network.compile()
-        state = r.State(student, torch.optim.Adam(student.parameters(), lr=cfg.lr), teacher, task=1)
-        batch = next(r.epoch_batches(cfg, state, bench.task, replay, cfg.batch_size))
-        cfg.bf16 = "bf16" in tricks
-        torch.use_deterministic_algorithms("repeatable" in tricks, warn_only=True)
-        step = partial(r.train_step, cfg, state, batch)
-        medians[tricks] = 1000 * float(np.median([bench.timed(step)[0] for _ in range(13)][3:]))
-    return medians
+def milliseconds_with(bench: Bench, tricks: str) -> float:
+    """A training step of GD on a GPU, with what makes it faster, and with what makes it repeatable."""
+    cfg, replay = copy.deepcopy(bench.cfg), (bench.task.x, bench.task.y)
+    cfg.bf16, cfg.compile, cfg.cuda_graph = (trick in tricks for trick in ("bf16", "compiled", "recorded"))
+    student, teacher = (copy.deepcopy(network) for network in (bench.student, bench.teacher))
+    if "channels_last" in tricks:
+        student, teacher = (v.to(memory_format=torch.channels_last) for v in (student, teacher))
+    optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused="fused" in tricks)
+    state = r.State(student, optimizer, teacher, task=1)
+    batch = next(r.epoch_batches(cfg, state, bench.task, replay, cfg.batch_size))
+    torch.use_deterministic_algorithms("repeatable" in tricks, warn_only=True)
+    step = partial(r.train_step, cfg, state, batch, training_way(cfg, state))
+    return 1000 * float(np.median([bench.timed(step)[0] for _ in range(13)][3:]))
 
 
 def penalty_share_of_a_step(tasks: int) -> float:
@@ -484,9 +494,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         keep()
     if not given.quick:
         content["training step"] = step_against_matrix_products(bench)
-        by = milliseconds_by_trick(bench) if bench.gpu else milliseconds_by_threads()
-        print("ms of a training step:", ", ".join(f"{name}: {ms:.0f}" for name, ms in by.items()), flush=True)
-        content["ms of a training step"] = by
+        ms = content["ms of a training step"] = {} if bench.gpu else milliseconds_by_threads()
+        for tricks in TRICKS if bench.gpu else []:
+            ms[tricks] = milliseconds_with(bench, tricks)
+            keep()
+        print("ms of a training step:", ", ".join(f"{name}: {v:.0f}" for name, v in ms.items()), flush=True)
         keep()
         content["AFID of short runs"] = short_runs(bench.device)
         keep()
