@@ -160,6 +160,10 @@ results/falling/figure%.json: results/falling/joint/$(JOINT)
 results/constant/figure%.json: results/constant/joint/$(JOINT)
 	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
 
+fisher-fashion: .venv/installed  ## Figure 3 of the authors' small network, on FashionMNIST's first task: a GPU
+	$(PY) -m results.geometry 3 --first-task "$(AUTHORS_SMALL)" --data-dir $(DATA) --to results/figure3-fashion
+AUTHORS_SMALL = --dataset fashion --channels 16 --layers-per-block 1 --epochs 100 --method gd --fid classifier
+
 movement: .venv/installed  ## how the weights move along mu while the second task is learned
 	$(PY) -m results.geometry $@ --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100" --to results/$@
 
@@ -168,4 +172,4 @@ check-numbers: falling constant $(COMPARED)  ## the tables of the runs in result
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
-.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher falling constant check-numbers FORCE $(COMPARED)
+.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers FORCE $(COMPARED)

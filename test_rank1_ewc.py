@@ -1072,19 +1072,6 @@ def test_the_readmes_programs_run_as_they_stand(monkeypatch, k):
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same_run_and_nothing_is_compiled_again_after_the_second_task(tmp_path, monkeypatch):
-    argv = ["--replay-per-class=20"]  # fewer than 16 images at once are a case of their own
-    expected, graphs = run_main(tmp_path / "eager", *argv), []
-    torch._dynamo.reset()
-    counted = torch._dynamo.utils.counters["stats"]
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no last stage
-    spy(monkeypatch, r, "train_task", lambda *_: graphs.append(counted["unique_graphs"]))
-    result = run_main(tmp_path / "compiled", *argv, "--compile")
-    assert 0 < graphs[0] < graphs[1] == graphs[-1]
-    assert result["afid"] == pytest.approx(expected["afid"], rel=1e-3)
-
-
-@pytest.mark.slow
 def test_bf16_trains_and_samples_in_bfloat16_and_keeps_weights_and_fisher_in_float32(tmp_path, monkeypatch):
     seen = set()
 
