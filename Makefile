@@ -115,7 +115,8 @@ ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(
 confirm-constant ten-seeds-constant:  ## the same two at the constant rate, with a larger lambda too
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
-lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal diag+lam=1)
+lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 diag+lam=1)
+lambda-falling: $(call five,falling/studies,rank1+form=proximal $(addprefix rank1+form=proximal+lam=,1000 100000))
 lambda-falling:  ## both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
 replay-steps: OVER = replay_steps
 replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-steps=,2 5 10))
@@ -133,12 +134,14 @@ lambda-ema: $(AVERAGED)  ## and where a task ends with an average of its weights
 average: OVER = ema
 average: $(call five,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
 average:  ## GD with the average at a constant rate, against GD at the falling one
-PARTS = lam=250+fisher-timesteps=0$(comma)333 lam=3000+fisher-timesteps=333$(comma)667
-PARTS += lam=8000+fisher-timesteps=667$(comma)1000
+PARTS = $(patsubst %,lam=%+fisher-timesteps=0$(comma)333,25 250)
+PARTS += $(patsubst %,lam=%+fisher-timesteps=333$(comma)667,300 3000)
+PARTS += $(patsubst %,lam=%+fisher-timesteps=667$(comma)1000,800 8000)
 timesteps: OVER = curvature
 timesteps: $(AVERAGED) $(call five,constant/studies,$(patsubst %,rank1+%+ema=0.99,$(PARTS)))
-timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvature
-OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=250 rank4+lam=250 diag+lam=10)
+timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal curvatures
+OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=25 rank1-eig+lam=250 rank2+lam=250 rank4+lam=25 rank4+lam=250)
+OTHERS += $(addsuffix +ema=0.99,diag+lam=1 diag+lam=10)
 directions: OVER = curvature
 directions: $(AVERAGED) $(call five,constant/studies,$(OTHERS))  ## F's top eigenvectors and its diagonal, against mu
 binds: OVER = lam

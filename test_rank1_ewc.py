@@ -1071,6 +1071,17 @@ def test_the_readmes_programs_run_as_they_stand(monkeypatch, k):
 # ---- what makes it fast
 
 
+def test_a_norm_of_bfloat16_is_in_bfloat16_and_right_to_its_rounding():
+    norm, x = r.GroupNorm(2, 8), torch.randn(3, 8, 5, 5, generator=generator()).bfloat16()
+    torch.nn.init.uniform_(norm.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.float(), torch.nn.functional.group_norm(x.float(), 2, norm.weight), atol=0.03, rtol=0
+    )
+
+
 @pytest.mark.slow
 def test_bf16_trains_and_samples_in_bfloat16_and_keeps_weights_and_fisher_in_float32(tmp_path, monkeypatch):
     seen = set()
