@@ -164,8 +164,8 @@ results/constant/figure%.json: results/constant/joint/$(JOINT)
 	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
 
 fisher-fashion: .venv/installed  ## Figure 3 of the authors' small network, on FashionMNIST's first task: a GPU
-	$(PY) -m results.geometry 3 --first-task "$(AUTHORS_SMALL)" --data-dir $(DATA) --to results/figure3-fashion
-AUTHORS_SMALL = --dataset fashion --channels 16 --layers-per-block 1 --epochs 100 --method gd --fid classifier
+	$(PY) -m results.geometry 3 --first-task "$(AUTHORS_SMALL)" --data-dir $(DATA)
+AUTHORS_SMALL = --dataset fashion --channels 16 --layers-per-block 1 --epochs 100 --method gd
 
 movement: .venv/installed  ## how the weights move along mu while the second task is learned
 	$(PY) -m results.geometry $@ --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100" --to results/$@

@@ -52,7 +52,6 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
 # ---- Settings: a row a setting. A dataset's row, below, holds only what differs from the paper's main
@@ -94,7 +93,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
     "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
-    "cuda_graph": (None, bool, None, "start a step's kernels all at once (default: where CUDA is)"),
+    "cuda_graph": (None, bool, None, "start a step's kernels all at once (default: on GPUs with CUDA)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
     "out": (None, Path, None, "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
@@ -109,7 +108,7 @@ DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagen
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
 MAY_CHANGE = ("accumulate", "cuda_graph", "data_dir", "out", "fresh", "small")
 
-SAMPLE_BATCH = {"cpu": 200, "mps": 200, "cuda": 1000}  # painted together: 100 and 800 are slower on a CPU
+SAMPLE_BATCH = {"cpu": 200, "mps": 200, "cuda": 1000}  # painted together; on a CPU 100 and 800 are slower
 FISHER_BATCH = 128  # samples of a Fisher computed together
 GRADIENTS = 1024  # so many gradients of single samples are kept at once, for F's eigenvectors
 GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
@@ -152,6 +151,20 @@ def all_sum(v: Tensor) -> Tensor:
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """All numbers of these tensors as one vector, whatever their memory format; of a model's weights (D,)."""
     return torch.cat([v.reshape(-1) for v in tensors])
+
+
+def shaped(vector: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+    """The way back: views of a vector in the shapes of these tensors."""
+    like = list(like)
+    return [part.view_as(v) for part, v in zip(vector.split([v.numel() for v in like]), like)]
+
+
+@torch.no_grad()
+def overwrite(weights: Iterable[nn.Parameter], vector: Tensor) -> None:
+    """Give the weights the values of a vector, where they lie: a recorded step reads them there."""
+    weights = list(weights)
+    for p, values in zip(weights, shaped(vector, weights)):
+        p.copy_(values)
 
 
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
@@ -282,7 +295,7 @@ HEAD_CHANNELS = 8
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm in its input's precision: autocast would go to float32 and back, a sixth of a GPU's step."""
+    """A group norm in its input's precision: on a GPU autocast would go to float32 and back."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -463,7 +476,8 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
     """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
-    parts = torch.arange(len(y), device=y.device).split(SAMPLE_BATCH[cfg.device])
+    size = min(SAMPLE_BATCH[cfg.device], math.ceil(len(y) / WORLD))
+    parts = torch.arange(len(y), device=y.device).split(size)
     for i in my_share(tqdm(parts, name, leave=False, **BAR)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], steps or cfg.sample_steps))
@@ -536,8 +550,7 @@ def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sampl
     norm = math.sqrt(dot64(mu, mu))
     if not 0 < norm < math.inf:
         raise FloatingPointError(f"||mu|| is {norm}: the loss does not depend on the weights, or overflows")
-    u = {name: torch.empty_like(p) for name, p in theta.items()}
-    vector_to_parameters(mu / norm, u.values())  # mu's direction, in the shapes of the weights
+    u = dict(zip(theta, shaped(mu / norm, theta.values())))  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
         # Other attention kernels have no forward mode, and its group norm takes no other memory format.
@@ -637,7 +650,7 @@ class LowRankPenalty:
         theta, stiffness = flat(weights), eta * self.lam * self.c.cpu().double()  # (D,), (directions,)
         system = torch.eye(len(stiffness)) + (self.v @ self.v.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
-        vector_to_parameters(theta - (stiffness * drift).to(theta) @ self.v, weights)
+        overwrite(weights, theta - (stiffness * drift).to(theta) @ self.v)
 
 
 class DiagonalPenalty:
@@ -834,7 +847,7 @@ def begin_task(cfg: Settings, state: State) -> None:
     """The model, frozen, is the teacher; a fresh Adam; the average of the weights begins with them."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
-    fused = cfg.device == "cuda"  # all weights in a few kernels
+    fused = cfg.device == "cuda" or None  # all weights in a few kernels
     state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr, fused=fused)
     state.average = flat(state.model.parameters()).detach() if cfg.ema else None
 
@@ -937,7 +950,8 @@ class Recorded:
     """function(*tensors) as a CUDA graph, for tensors that keep their shapes.
 
     A GPU is done with a small kernel sooner than the CPU has started the next. So the thousands of a step are
-    recorded at the first call, and from then on started at once.
+    recorded at the first call, and from then on started at once. All else that the function reads, as the
+    weights, must stay where it lies in memory; the next call overwrites the result.
     """
 
     def __init__(self, function: Callable):
@@ -947,7 +961,7 @@ class Recorded:
         self.tensors, self.graph = [*map(torch.clone, tensors)], torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng(), torch.cuda.stream(side):
+        with torch.random.fork_rng([torch.cuda.current_device()]), torch.cuda.stream(side):
             self.function(*self.tensors)  # what a first call sets up is not to be recorded
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(self.graph):
@@ -962,11 +976,14 @@ class Recorded:
         return self.result
 
 
-def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable | None = None) -> Tensor:
-    """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,).
+def gradient_function(cfg: Settings, state: State) -> Callable:
+    """losses_and_gradient of a task's batches, recorded if --cuda-graph is on."""
+    gradient_of = partial(losses_and_gradient, cfg, state)
+    return Recorded(gradient_of) if cfg.cuda_graph else gradient_of
 
-    gradient_of: losses_and_gradient of this cfg and state, or that recorded.
-    """
+
+def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable | None = None) -> Tensor:
+    """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,)."""
     gradient_of = gradient_of or partial(losses_and_gradient, cfg, state)
     parts, step_losses, gradient = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device), 0.0
     # Part i takes the rows i, i + parts, ..: each part is half real, half replayed, like the whole batch.
@@ -978,8 +995,8 @@ def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable 
         all_sum(step_losses)
         all_sum(gradient)
     weights = [*state.model.parameters()]
-    for p, its_gradient in zip(weights, gradient.split([p.numel() for p in weights])):
-        p.grad = its_gradient.view_as(p)  # to which the penalty's backward() adds
+    for p, values in zip(weights, shaped(gradient, weights)):
+        p.grad = values  # to which the penalty's backward() adds
     if state.penalty and state.task > 0:  # after the sum: once, and the same in every process
         ewc = state.penalty(flat(state.model.parameters()))
         step_losses[2] = ewc.detach()
@@ -998,8 +1015,7 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
     if size % parts:
         stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
     steps, name = cfg.epochs * (n // size), f"task {state.task + 1}/{cfg.tasks} {cfg.method}"
-    gradient_of = partial(losses_and_gradient, cfg, state)
-    gradient_of = Recorded(gradient_of) if cfg.cuda_graph else gradient_of
+    gradient_of = gradient_function(cfg, state)
     with tqdm(initial=state.step, total=steps, desc=name, unit="step", **BAR) as bar:
         while state.epoch < cfg.epochs:
             state.model.train()
@@ -1023,7 +1039,7 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
                 save_checkpoint(cfg, state)
                 saved = time.monotonic()
     if cfg.ema:  # the task ends with the averaged weights
-        vector_to_parameters(state.average.clone(), state.model.parameters())
+        overwrite(state.model.parameters(), state.average)
 
 
 def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, features: Callable, device) -> None:

@@ -777,6 +777,18 @@ def test_with_ema_a_task_ends_with_the_average_of_its_weights(monkeypatch):
         torch.testing.assert_close(weights_of(state.model), average, rtol=1e-4, atol=1e-6)
 
 
+def test_training_leaves_the_weights_where_they_lie_in_memory_as_a_recorded_step_reads_them_there():
+    cfg, data = settings(method="rank1", form="proximal", ema=0.9, epochs=2), r.load_data("digits", Path())
+    state, task = r.new_state(cfg, data, CPU), r.split_tasks(data, 5)[1]
+    theta, state.task = weights_of(state.model), 1
+    state.penalty.add((torch.ones_like(theta), torch.tensor(2.0)), theta)
+    r.begin_task(cfg, state)
+    places = [p.data_ptr() for p in state.model.parameters()]
+    r.train_task(cfg, state, task, (task.x, task.y))
+    assert [p.data_ptr() for p in state.model.parameters()] == places
+    assert not weights_of(state.model).equal(theta)
+
+
 @pytest.mark.slow
 def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(tmp_path):
     drift = run_main(tmp_path / "stiff", "--form=proximal", "--lam=1e9")["drift"]
@@ -916,16 +928,17 @@ def test_a_run_on_cuda_goes_on_after_an_interrupt(tmp_path):
 
 
 @needs_cuda
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_recorded_steps_are_the_same_as_others(accumulate):
+@pytest.mark.parametrize(("form", "accumulate"), [("loss", 1), ("loss", 2), ("proximal", 1)])
+def test_recorded_steps_are_the_same_as_others(form, accumulate):
     x, y = (v.cuda() for v in small_images(40))
     task, losses, weights = r.Data(x, y, x, y), [], []
-    cfg = settings(device="cuda", method="gd", accumulate=accumulate)
-    for way in (lambda function: function, r.Recorded):
+    for recorded in (False, True):
+        cfg = settings(device="cuda", accumulate=accumulate, form=form, cuda_graph=recorded)
         student, teacher = small_unet(dropout=0.1).cuda(), small_unet(seed=1).cuda().eval()
-        state = r.State(student, torch.optim.Adam(student.parameters(), lr=1e-3), teacher, task=1)
-        gradient_of = way(functools.partial(r.losses_and_gradient, cfg, state))
-        batches = r.epoch_batches(cfg, state, task, (x, y), 8)
+        theta, penalty = weights_of(student), r.LowRankPenalty(lam=3.0)
+        penalty.add((torch.ones_like(theta), theta.new_tensor(2.0)), theta - 1e-4)
+        state = r.State(student, torch.optim.Adam(student.parameters(), lr=1e-3), teacher, penalty, task=1)
+        gradient_of, batches = r.gradient_function(cfg, state), r.epoch_batches(cfg, state, task, (x, y), 8)
         losses.append(torch.stack([r.train_step(cfg, state, batch, gradient_of) for batch in batches]))
         weights.append(weights_of(student))
     assert len(losses[0]) == 5
@@ -1071,15 +1084,16 @@ def test_the_readmes_programs_run_as_they_stand(monkeypatch, k):
 # ---- what makes it fast
 
 
-def test_a_norm_of_bfloat16_is_in_bfloat16_and_right_to_its_rounding():
-    norm, x = r.GroupNorm(2, 8), torch.randn(3, 8, 5, 5, generator=generator()).bfloat16()
+@needs_cuda
+def test_a_norm_of_bfloat16_stays_in_it_under_autocast_and_is_right_to_its_rounding():
+    norm, x = r.GroupNorm(2, 8).cuda(), torch.randn(3, 8, 5, 5, generator=generator()).cuda().bfloat16()
     torch.nn.init.uniform_(norm.weight)
-    with torch.autocast("cpu", torch.bfloat16):
+    torch.nn.init.uniform_(norm.bias)
+    with torch.autocast("cuda", torch.bfloat16):
         found = norm(x)
+    exact = torch.nn.functional.group_norm(x.float(), 2, norm.weight, norm.bias)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        found.float(), torch.nn.functional.group_norm(x.float(), 2, norm.weight), atol=0.03, rtol=0
-    )
+    torch.testing.assert_close(found.float(), exact, atol=0.03, rtol=0)
 
 
 @pytest.mark.slow

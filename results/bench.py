@@ -53,10 +53,7 @@ SIZES = {  # settings of the script; on a GPU fewer images to paint than in a ru
     "cuda": "--dataset mnist --fisher-samples 128 --replay-per-class 100 --sample-steps 10",
 }
 VARIANTS = {"plain": "", "bf16": "--bf16", "accumulate 2": "--accumulate 2"}
-
-
-TRICKS = ["float32", "bf16", "bf16 channels_last", "bf16 repeatable", "bf16 repeatable fused"]
-TRICKS += ["bf16 repeatable fused recorded"]
+TRICKS = ["float32", "bf16", "bf16 fused", "bf16 fused repeatable", "bf16 fused repeatable recorded"]
 
 
 class Bench:
@@ -165,12 +162,6 @@ def bench_fisher(bench: Bench) -> None:
     bench.compare("diagonal of F", plain_diagonal, lambda: ours(r.diagonal_fisher), (4, 15), 1e-4)
 
 
-def training_way(cfg: r.Settings, state: r.State) -> Callable:
-    """The losses and the gradient of a batch as a run with these settings takes them."""
-    gradient_of = partial(r.losses_and_gradient, cfg, state)
-    return r.Recorded(gradient_of) if cfg.cuda_graph else gradient_of
-
-
 def bench_training(bench: Bench) -> None:
     """Steps with replay and distillation, on the same batches; leaves the seconds of one of ours to the bench."""
     cfg, half, replay = bench.cfg, bench.cfg.batch_size, (bench.task.x.flip(0), bench.task.y.flip(0))
@@ -179,7 +170,7 @@ def bench_training(bench: Bench) -> None:
 
     def begin(student):  # from the same weights, in the second task
         student.load_state_dict(start)
-        fused = bench.gpu and student is bench.student  # as in a run
+        fused = (bench.gpu and student is bench.student) or None  # as in a run
         optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=fused)
         state = r.State(student, optimizer, bench.teacher, task=1)
         return state, r.epoch_batches(cfg, state, bench.task, replay, half)
@@ -200,7 +191,7 @@ def bench_training(bench: Bench) -> None:
             step_losses.append([denoise.item(), distill.item(), 0.0])
         return torch.tensor(step_losses)
 
-    gradient_of = training_way(cfg, begin(bench.student)[0])
+    gradient_of = r.gradient_function(cfg, begin(bench.student)[0])
 
     def ours():
         state, batches = begin(bench.student)
@@ -376,13 +367,11 @@ def milliseconds_with(bench: Bench, tricks: str) -> float:
     cfg, replay = copy.deepcopy(bench.cfg), (bench.task.x, bench.task.y)
     cfg.bf16, cfg.cuda_graph = "bf16" in tricks, "recorded" in tricks
     student, teacher = (copy.deepcopy(network) for network in (bench.student, bench.teacher))
-    if "channels_last" in tricks:
-        student, teacher = (v.to(memory_format=torch.channels_last) for v in (student, teacher))
-    optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused="fused" in tricks)
+    optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused="fused" in tricks or None)
     state = r.State(student, optimizer, teacher, task=1)
     batch = next(r.epoch_batches(cfg, state, bench.task, replay, cfg.batch_size))
     torch.use_deterministic_algorithms("repeatable" in tricks, warn_only=True)
-    step = partial(r.train_step, cfg, state, batch, training_way(cfg, state))
+    step = partial(r.train_step, cfg, state, batch, r.gradient_function(cfg, state))
     return 1000 * float(np.median([bench.timed(step)[0] for _ in range(13)][3:]))
 
 
