@@ -476,7 +476,7 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
     """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
-    size = min(SAMPLE_BATCH[cfg.device], math.ceil(len(y) / WORLD))
+    size = math.ceil(min(SAMPLE_BATCH[cfg.device] / cfg.accumulate, len(y) / WORLD))
     parts = torch.arange(len(y), device=y.device).split(size)
     for i in my_share(tqdm(parts, name, leave=False, **BAR)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
