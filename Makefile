@@ -115,8 +115,7 @@ ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(
 confirm-constant ten-seeds-constant:  ## the same two at the constant rate, with a larger lambda too
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
-lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 diag+lam=1)
-lambda-falling: $(call five,falling/studies,rank1+form=proximal $(addprefix rank1+form=proximal+lam=,1000 100000))
+lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal diag+lam=1)
 lambda-falling:  ## both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
 replay-steps: OVER = replay_steps
 replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-steps=,2 5 10))
@@ -143,14 +142,19 @@ timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal 
 OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=25 rank1-eig+lam=250 rank2+lam=250 rank4+lam=25 rank4+lam=250)
 OTHERS += $(addsuffix +ema=0.99,diag+lam=1 diag+lam=10)
 directions: OVER = curvature
+confirm-rank4 ten-seeds-rank4: OVER = lam
 directions: $(AVERAGED) $(call five,constant/studies,$(OTHERS))  ## F's top eigenvectors and its diagonal, against mu
+CONFIRMED_4 = $(call FRESH,constant/confirm,gd+ema=0.99 rank4+lam=25+ema=0.99)
+confirm-rank4: $(CONFIRMED_4)
+ten-seeds-rank4: $(CONFIRMED_4) $(call five,constant/digits,gd+ema=0.99) $(call five,constant/studies,rank4+lam=25+ema=0.99)
+confirm-rank4 ten-seeds-rank4:  ## the four top eigenvectors against GD once more, on fresh seeds, and on all ten
 binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool lambda lambda-ema average timesteps
-COMPARED += directions binds
+COMPARED += directions confirm-rank4 ten-seeds-rank4 binds
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
