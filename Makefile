@@ -142,8 +142,8 @@ timesteps:  ## mu of the low, the middle and the high timesteps alone, at equal 
 OTHERS = $(addsuffix +ema=0.99,rank1-eig+lam=25 rank1-eig+lam=250 rank2+lam=250 rank4+lam=25 rank4+lam=250)
 OTHERS += $(addsuffix +ema=0.99,diag+lam=1 diag+lam=10)
 directions: OVER = curvature
-confirm-rank4 ten-seeds-rank4: OVER = lam
 directions: $(AVERAGED) $(call five,constant/studies,$(OTHERS))  ## F's top eigenvectors and its diagonal, against mu
+confirm-rank4 ten-seeds-rank4: OVER = lam
 CONFIRMED_4 = $(call FRESH,constant/confirm,gd+ema=0.99 rank4+lam=25+ema=0.99)
 confirm-rank4: $(CONFIRMED_4)
 ten-seeds-rank4: $(CONFIRMED_4) $(call five,constant/digits,gd+ema=0.99) $(call five,constant/studies,rank4+lam=25+ema=0.99)

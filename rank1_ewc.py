@@ -982,9 +982,8 @@ def gradient_function(cfg: Settings, state: State) -> Callable:
     return Recorded(gradient_of) if cfg.cuda_graph else gradient_of
 
 
-def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable | None = None) -> Tensor:
+def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable) -> Tensor:
     """One step of Adam on L_T + L_GD + the EWC penalty, of a batch of epoch_batches. -> these losses (3,)."""
-    gradient_of = gradient_of or partial(losses_and_gradient, cfg, state)
     parts, step_losses, gradient = WORLD * cfg.accumulate, torch.zeros(3, device=batch[0].device), 0.0
     # Part i takes the rows i, i + parts, ..: each part is half real, half replayed, like the whole batch.
     for i in range(RANK, parts, WORLD):

@@ -340,7 +340,8 @@ def second_task_of_digits() -> tuple[r.Settings, r.State, tuple]:
     state, task = r.new_state(cfg, data, device), r.split_tasks(data, cfg.tasks)[1]
     state.task = 1
     r.begin_task(cfg, state)
-    return cfg, state, next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
+    batch = next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
+    return cfg, state, batch, r.gradient_function(cfg, state)
 
 
 def milliseconds_by_threads() -> dict[str, float]:
@@ -377,7 +378,8 @@ def milliseconds_with(bench: Bench, tricks: str) -> float:
 
 def penalty_share_of_a_step(tasks: int) -> float:
     """What share of a training step of the digits' network rank-1's penalty takes in the last of many tasks."""
-    cfg, state, batch = second_task_of_digits()
+    training_step = second_task_of_digits()
+    state = training_step[1]
     theta, penalty = r.flat(state.model.parameters()).detach(), r.LowRankPenalty(1.0)
     for k in range(tasks - 1):
         mu = torch.randn(theta.shape, generator=r.rng(theta.device, "mu", k))
@@ -385,7 +387,7 @@ def penalty_share_of_a_step(tasks: int) -> float:
     seconds = []
     for _ in range(100):  # a step without the penalty, then the penalty and its gradient
         times = [time.perf_counter()]
-        r.train_step(cfg, state, batch)
+        r.train_step(*training_step)
         times.append(time.perf_counter())
         penalty(r.flat(state.model.parameters())).backward()
         seconds.append(np.diff([*times, time.perf_counter()]))
@@ -487,7 +489,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             ms[tricks] = milliseconds_with(bench, tricks)
             keep()
         print("ms of a training step:", ", ".join(f"{name}: {v:.0f}" for name, v in ms.items()), flush=True)
-        keep()
         content["AFID of short runs"] = short_runs(bench.device)
         keep()
     return bench.lines

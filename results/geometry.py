@@ -280,12 +280,13 @@ def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor)
     size = min(cfg.batch_size, len(tasks[1].y))
     steps = cfg.epochs * (len(tasks[1].y) // size)
     state.model.train()
+    gradient_of = r.gradient_function(cfg, state)
     for epoch in tqdm(range(cfg.epochs), f"lambda {state.penalty.lam:g}", unit="epoch", **r.BAR):
         state.epoch = epoch
         for batch in r.epoch_batches(cfg, state, tasks[1], replay, size):
             if cfg.lr_decay == "linear":
                 state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
-            r.train_step(cfg, state, batch)
+            r.train_step(cfg, state, batch, gradient_of)
             state.step += 1
             before, theta = theta, r.flat(state.model.parameters()).detach()
             average = torch.lerp(average, theta, 0.01)
