@@ -333,8 +333,8 @@ def run_of_tasks(tasks: int, method: str, epochs: int) -> dict:
     return row | {"memory MB": usage.ru_maxrss / 2**10, "seconds": result["seconds"]}
 
 
-def second_task_of_digits() -> tuple[r.Settings, r.State, tuple]:
-    """Digits' network on a CPU at the start of GD's second task, and a batch: what train_step takes."""
+def second_task_of_digits() -> tuple[r.Settings, r.State, tuple, Callable]:
+    """Digits' network on a CPU at the start of GD's second task, and a batch: all that train_step takes."""
     cfg = r.parse_args(["--device", "cpu", "--method", "gd"])
     data, device = r.load_data("digits", cfg.data_dir), r.set_up(cfg)
     state, task = r.new_state(cfg, data, device), r.split_tasks(data, cfg.tasks)[1]
