@@ -64,9 +64,6 @@ digits mnist fashion cifar10 imagenet:
 table1 fig4 fig5: .venv/installed  ## Table 1, Figure 4 and Figure 5 of all runs in RUNS
 	$(PY) -m results.report $(RUNS)
 
-fashion-small:  ## FashionMNIST (DATA=its folder), small network, one epoch a task: two hours on a CPU
-	$(MAKE) fashion METHODS="gd diag rank1" SEEDS=0 RUNS=runs-small EXTRA="--small $(EXTRA)"
-
 MODEL ?= $(RUNS)/$(DATASET)/joint+seed=0
 fig1 fig2 fig3: $(MODEL)  ## Figures 1 to 3, to results/, of the run MODEL (joint, of DATASET), trained first
 	$(PY) -m results.geometry $(subst fig,,$@) $(MODEL) --data-dir $(DATA)
@@ -75,8 +72,11 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 
 # What the notebook shows of digits, in two regimes: the demo's learning rate, falling to 0, and a constant one.
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
+results/fashion/%: REGIME = --small --lr 4e-3 --epochs 2 --data-dir $(DATA)
+results/%: OF = digits
+results/fashion/%: OF = fashion
 results/%/result.json: | .venv/installed
-	$(call one_run,digits) $(@D)
+	$(call one_run,$(OF)) $(@D)
 .PRECIOUS: results/%/model.pt
 results/%/model.pt: | .venv/installed
 	$(call one_run,digits) $(@D) --fresh
@@ -115,7 +115,8 @@ ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(
 confirm-constant ten-seeds-constant:  ## the same two at the constant rate, with a larger lambda too
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
-lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 rank1+form=proximal diag+lam=1)
+lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 diag+lam=1)
+lambda-falling: $(call five,falling/studies,rank1+form=proximal $(addprefix rank1+form=proximal+lam=,1000 100000))
 lambda-falling:  ## both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
 replay-steps: OVER = replay_steps
 replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-steps=,2 5 10))
@@ -123,6 +124,9 @@ replay-steps:  ## GD with a replay pool painted in fewer DDIM steps than 20
 replay-pool: OVER = replay_per_class
 replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-per-class=,10 50))
 replay-pool:  ## and of fewer images than 200 a class
+small-pool: OVER = curvature
+small-pool: $(call five,falling/studies,$(addsuffix +replay-per-class=10,gd $(addprefix rank1+lam=,10 100 1000)))
+small-pool:  ## rank-1 EWC against GD over lambda where GD forgets: with a replay pool of 10 images a class
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
 lambda:  ## rank-1 EWC against GD over lambda at the constant rate
@@ -152,10 +156,17 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
+FASHION = gd rank1+lam=10 gd+lr=2e-3+lr-decay=none+ema=0.99
+fashion-small: $(call some,0 1 2,fashion/small,$(FASHION))
+fashion-small:  ## FashionMNIST (DATA=its folder), a small network, three methods: nine runs, an hour of one core each
+	$(PY) -m results.report results/fashion/small
+search-fashion: OVER = curvature
+search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000)))
+search-fashion:  ## which lambda there, at half the length
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
-COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool lambda lambda-ema average timesteps
-COMPARED += directions confirm-rank4 ten-seeds-rank4 binds
-$(COMPARED):
+COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
+COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 binds
+$(COMPARED) search-fashion:
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
 JOINT = joint+seed=0/model.pt
@@ -179,4 +190,5 @@ check-numbers: falling constant $(COMPARED)  ## the tables of the runs in result
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
-.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers FORCE $(COMPARED)
+.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers search-fashion FORCE
+.PHONY: $(COMPARED)
