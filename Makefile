@@ -72,7 +72,7 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 
 # What the notebook shows of digits, in two regimes: the demo's learning rate, falling to 0, and a constant one.
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
-results/fashion/%: REGIME = --small --lr 4e-3 --epochs 2 --data-dir $(DATA)
+results/fashion/%: REGIME = --small --epochs 2 --data-dir $(DATA)
 results/%: OF = digits
 results/fashion/%: OF = fashion
 results/%/result.json: | .venv/installed
@@ -156,17 +156,20 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
-FASHION = gd rank1+lam=10 gd+lr=2e-3+lr-decay=none+ema=0.99
-fashion-small: $(call some,0 1 2,fashion/small,$(FASHION))
-fashion-small:  ## FashionMNIST (DATA=its folder), a small network, three methods: nine runs, an hour of one core each
+FASHION = $(call some,0 1 2,fashion/$(1),$(2))
+fashion-small: $(call FASHION,small,gd rank1+lam=10)
+fashion-small:  ## rank-1 EWC against GD on FashionMNIST (DATA=its folder), a small network: an hour of one core a run
 	$(PY) -m results.report results/fashion/small
+average-fashion: OVER = ema
+average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
+average-fashion:  ## and GD with the average at a constant rate, against GD at the falling one
 search-fashion: OVER = curvature
 search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000)))
 search-fashion:  ## which lambda there, at half the length
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
 COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 binds
-$(COMPARED) search-fashion:
+$(COMPARED) search-fashion average-fashion:
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
 JOINT = joint+seed=0/model.pt
@@ -190,5 +193,5 @@ check-numbers: falling constant $(COMPARED)  ## the tables of the runs in result
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
-.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers search-fashion FORCE
+.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers search-fashion average-fashion FORCE
 .PHONY: $(COMPARED)

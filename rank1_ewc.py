@@ -102,7 +102,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
 DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
 DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 would be mostly noise
-SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "lr": 2e-3, "sample_steps": 10, "channels": [16, 32, 32, 32]}
+SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "sample_steps": 10, "channels": [16, 32, 32, 32]}
 IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
 DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.

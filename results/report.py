@@ -108,8 +108,9 @@ def read_run(folder: Path) -> dict:
 
 
 def usual_settings(run: dict) -> dict:
-    """What its dataset's settings are where no flag says otherwise."""
-    return all_settings(r.DATASETS[run["dataset"]])
+    """What its dataset's settings are, or those of --small, where no flag says otherwise."""
+    small = run["settings"]["channels"] == plain(r.SMALL["channels"])
+    return all_settings(r.SMALL if small else r.DATASETS[run["dataset"]])
 
 
 def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
@@ -248,7 +249,7 @@ def gather(folder: Path) -> dict[tuple[str, str], Rows]:
 
 
 def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
-    """What the FID is taken on, and by which settings the runs differ from the paper's."""
+    """What the FID is taken on, that of real images, and by which settings the runs differ from the paper's."""
     other, special = [], r.DATASETS[dataset] if dataset in PUBLISHED else {}
     for name, value in PAPER.items():
         paper = plain(special.get(name, value))
@@ -256,7 +257,9 @@ def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
         if values and name not in ("dataset", "method", "seed", "device", "bf16"):
             other.append(f"{name} {', '.join(sorted(values))} (paper {paper})")
     setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
-    return f"- {dataset}: FID on features of {features} (the paper's: inception); {setting}."
+    real = np.mean([run["fid_real"] for run in runs])
+    taken = f"FID on features of {features} (the paper's: inception), in the mean {real:.1f} of real images"
+    return f"- {dataset}: {taken}, training ones in the samples' place; {setting}."
 
 
 def code_note(runs: Iterable[dict]) -> list[str]:
