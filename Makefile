@@ -16,7 +16,7 @@ EXTRA ?=
 comma := ,
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -70,7 +70,8 @@ fig1 fig2 fig3: $(MODEL)  ## Figures 1 to 3, to results/, of the run MODEL (join
 vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1?
 	$(PY) -m results.geometry vae $(MODEL) --data-dir $(DATA)
 
-# What the notebook shows of digits, in two regimes: the demo's learning rate, falling to 0, and a constant one.
+# What the notebook shows: of digits in two regimes, the demo's learning rate, falling to 0, and a constant one; and
+# of FashionMNIST with a small network.
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
 results/fashion/%: REGIME = --small --epochs 2 --data-dir $(DATA)
 results/%: OF = digits
@@ -79,7 +80,7 @@ results/%/result.json: | .venv/installed
 	$(call one_run,$(OF)) $(@D)
 .PRECIOUS: results/%/model.pt
 results/%/model.pt: | .venv/installed
-	$(call one_run,digits) $(@D) --fresh
+	$(call one_run,$(OF)) $(@D) --fresh
 some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/result.json))
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
@@ -156,16 +157,16 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
+search-fashion: OVER = curvature
+search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000)))
+search-fashion:  ## which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
 FASHION = $(call some,0 1 2,fashion/$(1),$(2))
 fashion-small: $(call FASHION,small,gd rank1+lam=10)
-fashion-small:  ## rank-1 EWC against GD on FashionMNIST (DATA=its folder), a small network: an hour of one core a run
+fashion-small:  ## rank-1 EWC (lambda 10) against GD there: an hour and a half of one core a run
 	$(PY) -m results.report results/fashion/small
 average-fashion: OVER = ema
 average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
-average-fashion:  ## and GD with the average at a constant rate, against GD at the falling one
-search-fashion: OVER = curvature
-search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000)))
-search-fashion:  ## which lambda there, at half the length
+average-fashion:  ## GD with the average at a constant rate there, against GD at the falling one
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
 COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 binds

@@ -1240,6 +1240,7 @@ def test_table_1_has_means_errors_and_the_papers_numbers(tmp_path, capsys):
     for words in (
         "23.0 ± 3.0",
         "ema 0.99 (paper 0)",
+        "real training images have 1.0",
         "0123 (4 runs)",
         "cdef (1 runs)",
         "run: mnist, cifar10",

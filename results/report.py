@@ -109,8 +109,8 @@ def read_run(folder: Path) -> dict:
 
 def usual_settings(run: dict) -> dict:
     """What its dataset's settings are, or those of --small, where no flag says otherwise."""
-    small = run["settings"]["channels"] == plain(r.SMALL["channels"])
-    return all_settings(r.SMALL if small else r.DATASETS[run["dataset"]])
+    small = run["dataset"] != "digits" and run["settings"]["channels"] == plain(r.SMALL["channels"])
+    return all_settings(r.DATASETS[run["dataset"]] | (r.SMALL if small else {}))
 
 
 def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
@@ -258,8 +258,8 @@ def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
             other.append(f"{name} {', '.join(sorted(values))} (paper {paper})")
     setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
     real = np.mean([run["fid_real"] for run in runs])
-    taken = f"FID on features of {features} (the paper's: inception), in the mean {real:.1f} of real images"
-    return f"- {dataset}: {taken}, training ones in the samples' place; {setting}."
+    features = f"FID on features of {features} (the paper's: inception)"
+    return f"- {dataset}: {features}; in the samples' place real training images have {real:.1f}; {setting}."
 
 
 def code_note(runs: Iterable[dict]) -> list[str]:
@@ -468,11 +468,23 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
             if own:
                 style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
                 handles[name] = axes.errorbar(*zip(*own), **style)
-        name = "curvature that the penalty adds" if over == "curvature" else f"--{over.replace('_', '-')}"
+            for row, m, mean, _ in points if over == "curvature" else ():
+                if (row["line"], m) == (name, measure) and row[over] is not None:
+                    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "small"}
+                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, **place)
+        name = f"--{over.replace('_', '-')}"
+        name = "curvature that the penalty adds (at the points: lambda)" if over == "curvature" else name
         axes.set(xlabel=name, ylabel=f"{measure}:\ndifference from GD" if differences else measure)
-        axes.set_xscale("log") if wide else axes.tick_params("x", rotation=0 if numeric else 30)
+        if wide:
+            axes.set_xscale("log")
+        elif numeric:
+            axes.set_xticks(sorted(values))
+        else:
+            axes.tick_params("x", rotation=30)
         axes.axhline(0, color="black", lw=0.8) if differences else None
         axes.grid(alpha=0.3)
+        axes.margins(x=0.12)
+    figure.get_layout_engine().set(wspace=0.04)  # a panel's label would touch the next
     what = "Difference from GD, seed by seed" if differences else "Mean"
     bars = ", 95% interval" if differences else ", standard error"
     bars = bars if any(half for *_, half in points) else ""  # of one seed there are none
