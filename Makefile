@@ -153,6 +153,9 @@ CONFIRMED_4 = $(call FRESH,constant/confirm,gd+ema=0.99 rank4+lam=25+ema=0.99)
 confirm-rank4: $(CONFIRMED_4)
 ten-seeds-rank4: $(CONFIRMED_4) $(call five,constant/digits,gd+ema=0.99) $(call five,constant/studies,rank4+lam=25+ema=0.99)
 confirm-rank4 ten-seeds-rank4:  ## the four top eigenvectors against GD once more, on fresh seeds, and on all ten
+rank4-falling: OVER = lam
+rank4-falling: $(call five,falling/digits,gd) $(call five,falling/studies,rank4+lam=25)
+rank4-falling:  ## and at the falling rate
 binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
@@ -169,7 +172,7 @@ average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-d
 average-fashion:  ## GD with the average at a constant rate there, against GD at the falling one
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
-COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 binds
+COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 rank4-falling binds
 $(COMPARED) search-fashion average-fashion:
 	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
 
