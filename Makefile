@@ -127,6 +127,7 @@ replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addpre
 replay-pool:  ## and of fewer images than 200 a class
 small-pool: OVER = curvature
 small-pool: $(call five,falling/studies,$(addsuffix +replay-per-class=10,gd $(addprefix rank1+lam=,10 100 1000)))
+small-pool: $(call five,falling/studies,rank4+lam=25+replay-per-class=10)
 small-pool:  ## rank-1 EWC against GD over lambda where GD forgets: with a replay pool of 10 images a class
 lambda: OVER = curvature
 lambda: $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100 rank1+lam=1000)
