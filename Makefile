@@ -198,5 +198,5 @@ check-numbers: falling constant $(COMPARED)  ## the tables of the runs in result
 	git diff --stat --exit-code -- '*.md' '*.csv'
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
-.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers search-fashion average-fashion FORCE
-.PHONY: $(COMPARED)
+.PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers FORCE
+.PHONY: $(COMPARED) search-fashion average-fashion

@@ -460,6 +460,10 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
         for name, color in colors.items():
             own = [point for point in points if (point[0]["line"], point[1]) == (name, measure)]
+            for row, _, mean, _ in own if over == "curvature" else ():
+                if row[over] is not None:
+                    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "small"}
+                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, **place)
             own = [(row[over], mean, half or 0) for row, _, mean, half in own]
             for _, mean, half in [point for point in own if point[0] is None]:
                 handles[name] = axes.axhline(mean, color=color, ls="--")
@@ -468,13 +472,9 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
             if own:
                 style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
                 handles[name] = axes.errorbar(*zip(*own), **style)
-            for row, m, mean, _ in points if over == "curvature" else ():
-                if (row["line"], m) == (name, measure) and row[over] is not None:
-                    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "small"}
-                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, **place)
-        name = f"--{over.replace('_', '-')}"
-        name = "curvature that the penalty adds (at the points: lambda)" if over == "curvature" else name
-        axes.set(xlabel=name, ylabel=f"{measure}:\ndifference from GD" if differences else measure)
+        added = "curvature that the penalty adds (at the points: lambda)"
+        setting = added if over == "curvature" else f"--{over.replace('_', '-')}"
+        axes.set(xlabel=setting, ylabel=f"{measure}:\ndifference from GD" if differences else measure)
         if wide:
             axes.set_xscale("log")
         elif numeric:
