@@ -456,25 +456,29 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
     values = {row[over] for row, *_ in points} - {None}
     numeric = not any(isinstance(value, str) for value in values)
     wide = values and numeric and min(values) > 0 and max(values) > 10 * min(values)
+    sizes = [abs(mean) + (half or 0) for _, _, mean, half in points]
+    flattened = differences and max(sizes) > 20 * np.median(sizes)  # by a far point, on a linear axis
     figure, handles = Figure(figsize=(15, 4.2), layout="constrained"), {}
+    corners = [(4, 4, "left"), (4, -11, "left"), (-4, 4, "right"), (-4, -11, "right")]
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
-        for name, color in colors.items():
+        for (name, color), marker, (right, up, side) in zip(colors.items(), cycle("os^Dv"), cycle(corners)):
             own = [point for point in points if (point[0]["line"], point[1]) == (name, measure)]
             for row, _, mean, _ in own if over == "curvature" else ():
-                if row[over] is not None:
-                    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": "small"}
-                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, **place)
+                if row[over] is not None:  # lambda stands at a corner of its point, each line's at another
+                    place = {"xytext": (right, up), "textcoords": "offset points", "fontsize": "small"}
+                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, ha=side, **place)
             own = [(row[over], mean, half or 0) for row, _, mean, half in own]
             for _, mean, half in [point for point in own if point[0] is None]:
                 handles[name] = axes.axhline(mean, color=color, ls="--")
                 axes.axhspan(mean - half, mean + half, color=color, alpha=0.1, lw=0)
             own = [point for point in own if point[0] is not None]
             if own:
-                style = {"fmt": "o-" if numeric else "o", "capsize": 3, "alpha": 0.8, "color": color}
-                handles[name] = axes.errorbar(*zip(*own), **style)
+                style = {"marker": marker, "ls": "-" if numeric else "", "color": color, "alpha": 0.8}
+                handles[name] = axes.errorbar(*zip(*own), capsize=3, **style)
         added = "curvature that the penalty adds (at the points: lambda)"
         setting = added if over == "curvature" else f"--{over.replace('_', '-')}"
-        axes.set(xlabel=setting, ylabel=f"{measure}:\ndifference from GD" if differences else measure)
+        label = f"{measure}:\ndifference from GD{' (log beyond 1)' if flattened else ''}"
+        axes.set(xlabel=setting, ylabel=label if differences else measure)
         if wide:
             axes.set_xscale("log")
         elif numeric:
@@ -482,14 +486,19 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
         else:
             axes.tick_params("x", rotation=30)
         axes.axhline(0, color="black", lw=0.8) if differences else None
+        if flattened:
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.margins(x=0.12)
+        axes.margins(x=0.12, y=0.12)
     figure.get_layout_engine().set(wspace=0.04)  # a panel's label would touch the next
-    what = "Difference from GD, seed by seed" if differences else "Mean"
-    bars = ", 95% interval" if differences else ", standard error"
-    bars = bars if any(half for *_, half in points) else ""  # of one seed there are none
+    what = "Difference from GD" if differences else "Mean"
+    bars = ", seed by seed, 95% interval" if differences else ", standard error"
+    bars = bars if any(half for *_, half in points) else ", one seed: no intervals"
     figure.suptitle(f"{what}{bars} (features: {table[0]['FID features']})")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    names = [f"{name} (sum over all axes)" if name.startswith("diag") else name for name in handles]
+    names = names if over == "curvature" else handles.keys()
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=4)
     with r.whole(path) as file:
         figure.savefig(file, dpi=120)
 
