@@ -25,7 +25,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -153,16 +153,14 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([v.reshape(-1) for v in tensors])
 
 
-def shaped(vector: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+def shaped(vector: Tensor, like: Collection[Tensor]) -> list[Tensor]:
     """The way back: views of a vector in the shapes of these tensors."""
-    like = list(like)
     return [part.view_as(v) for part, v in zip(vector.split([v.numel() for v in like]), like)]
 
 
 @torch.no_grad()
-def overwrite(weights: Iterable[nn.Parameter], vector: Tensor) -> None:
+def overwrite(weights: Collection[nn.Parameter], vector: Tensor) -> None:
     """Give the weights the values of a vector, where they lie: a recorded step reads them there."""
-    weights = list(weights)
     for p, values in zip(weights, shaped(vector, weights)):
         p.copy_(values)
 
@@ -642,11 +640,10 @@ class LowRankPenalty:
         return self.lam / 2 * (self.c * self.drift(theta).square()).sum()
 
     @torch.no_grad()
-    def proximal_step(self, weights: Iterable[nn.Parameter], eta: float) -> None:
+    def proximal_step(self, weights: Collection[nn.Parameter], eta: float) -> None:
         """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / 2 eta (Woodbury)."""
         # Decoupled from Adam, as AdamW's weight decay (arXiv 1711.05101): in the loss, a stiff penalty's
         # gradient enters Adam's second moment and so shrinks the task's steps.
-        weights = list(weights)
         theta, stiffness = flat(weights), eta * self.lam * self.c.cpu().double()  # (D,), (directions,)
         system = torch.eye(len(stiffness)) + (self.v @ self.v.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
@@ -997,13 +994,13 @@ def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable)
     for p, values in zip(weights, shaped(gradient, weights)):
         p.grad = values  # to which the penalty's backward() adds
     if state.penalty and state.task > 0:  # after the sum: once, and the same in every process
-        ewc = state.penalty(flat(state.model.parameters()))
+        ewc = state.penalty(flat(weights))
         step_losses[2] = ewc.detach()
         if cfg.form == "loss":
             ewc.backward()
     state.optimizer.step()
     if cfg.form == "proximal" and state.task > 0:
-        state.penalty.proximal_step(state.model.parameters(), state.optimizer.param_groups[0]["lr"])
+        state.penalty.proximal_step(weights, state.optimizer.param_groups[0]["lr"])
     return step_losses
 
 
@@ -1038,7 +1035,7 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
                 save_checkpoint(cfg, state)
                 saved = time.monotonic()
     if cfg.ema:  # the task ends with the averaged weights
-        overwrite(state.model.parameters(), state.average)
+        overwrite([*state.model.parameters()], state.average)
 
 
 def evaluate(cfg: Settings, state: State, tasks: list[Data], real: list, features: Callable, device) -> None:
