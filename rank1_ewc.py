@@ -365,7 +365,7 @@ class UNet(nn.Module):
         temb = 4 * channels[0]
         groups = max(8, channels[0] // 4)  # 32 of the paper's 128 channels, 8 of its small network's 16
         multiple = math.lcm(groups, HEAD_CHANNELS)
-        if any(c < 1 or c % multiple for c in channels):
+        if any(c % multiple for c in channels):
             raise ValueError(f"channels {channels} must be multiples of {multiple}, for norms and attention")
         resnet = partial(Resnet, temb=temb, groups=groups, dropout=dropout)
 
@@ -509,7 +509,7 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator, timesteps=EVERY_STEP
 def as_function(model: nn.Module, loss: Callable) -> tuple[dict[str, Tensor], Callable]:
     """The weights theta by name, and loss_at(theta, batch) -> (B,), for torch.func; sets eval mode."""
     theta = {name: p.detach() for name, p in model.eval().named_parameters()}
-    if not theta or not all(p.requires_grad for p in model.parameters()):
+    if not all(p.requires_grad for p in model.parameters()):
         raise ValueError("the Fisher is of all weights: each must need a gradient (model.requires_grad_())")
     batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if any(m.running_mean is None for m in batch_norms):
@@ -987,9 +987,8 @@ def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable)
         part_losses, part_gradient = gradient_of(*(v[i::parts].contiguous() for v in batch))
         step_losses[:2] += part_losses / parts
         gradient = gradient + part_gradient / parts
-    if WORLD > 1:  # each process has the losses and the gradient of its own rows
-        all_sum(step_losses)
-        all_sum(gradient)
+    all_sum(step_losses)  # each process has the losses and the gradient of its own rows
+    all_sum(gradient)
     weights = [*state.model.parameters()]
     for p, values in zip(weights, shaped(gradient, weights)):
         p.grad = values  # to which the penalty's backward() adds
