@@ -111,25 +111,20 @@ def test_unet_has_as_many_parameters_as_the_papers(arguments, count):
         assert sum(p.numel() for p in r.UNet(*arguments).parameters()) == count
 
 
-def diffusers_unet(channels, layers_per_block):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
-    if len(channels) > 2:
-        down[2], up[len(channels) - 3] = "AttnDownBlock2D", "AttnUpBlock2D"
-    sizes = {"in_channels": 1, "out_channels": 1, "num_class_embeds": 10, "block_out_channels": channels}
-    sizes |= {"layers_per_block": layers_per_block, "norm_num_groups": max(8, channels[0] // 4)}
-    kinds = {"down_block_types": down, "up_block_types": up}
-    return diffusers.UNet2DModel(**sizes, **kinds, downsample_type="resnet", upsample_type="resnet")
+def ours_and_diffusers(channels, layers_per_block):
+    """Two networks with the same weights, which both give a tensor."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    ours = r.UNet(1, 10, channels, layers_per_block).eval()
+    return ours, bench.plain_network(settings(channels=channels, layers_per_block=layers_per_block), ours)
 
 
 @pytest.mark.parametrize("sizes", [((128, 256, 256, 256), 2), ((16, 32), 1), ((8, 16, 24), 1), ((16,), 1)])
 def test_unet_and_diffusers_share_weights_both_ways_and_give_the_same_output(sizes):
-    theirs, ours = diffusers_unet(*sizes).eval(), r.UNet(1, 10, *sizes).eval()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours, theirs = ours_and_diffusers(*sizes)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, t, y = torch.randn(2, 1, 16, 16, generator=generator()), torch.tensor([3, 777]), torch.tensor([1, 9])
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t, y), theirs(x, t, class_labels=y).sample, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(x, t, y), theirs(x, t, y), atol=1e-4, rtol=0)
 
 
 def test_ddim_and_diffusers_scheduler_paint_the_same_images():
@@ -259,10 +254,8 @@ def test_the_fishers_take_any_loss_of_single_samples_and_floats_as_they_are():
 
 
 def test_mu_and_c_star_of_diffusers_network_are_those_of_ours():
-    ours, theirs, (images, labels) = r.UNet(1, 10, (16, 32), 1), diffusers_unet((16, 32), 1), small_images()
-    theirs.load_state_dict(ours.state_dict())
-    theirs.register_forward_hook(lambda module, inputs, output: output.sample)
-    found = [r.rank1_fisher(model, images, labels, 6, generator()) for model in (ours, theirs)]
+    ours, theirs = ours_and_diffusers((16, 32), 1)
+    found = [r.rank1_fisher(model, *small_images(), 6, generator()) for model in (ours, theirs)]
     order = [name for name, _ in theirs.named_parameters()]
     weights = dict(zip((name for name, _ in ours.named_parameters()), found[0][0].split(sizes_of(ours))))
     assert_close_to_its_largest(r.flat(weights[name] for name in order), found[1][0].double(), 1e-3)
