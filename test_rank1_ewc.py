@@ -256,14 +256,11 @@ def test_the_fishers_take_any_loss_of_single_samples_and_floats_as_they_are():
 def test_mu_and_c_star_of_diffusers_network_are_those_of_ours():
     ours, theirs = ours_and_diffusers((16, 32), 1)
     found = [r.rank1_fisher(model, *small_images(), 6, generator()) for model in (ours, theirs)]
-    order = [name for name, _ in theirs.named_parameters()]
-    weights = dict(zip((name for name, _ in ours.named_parameters()), found[0][0].split(sizes_of(ours))))
-    assert_close_to_its_largest(r.flat(weights[name] for name in order), found[1][0].double(), 1e-3)
+    weights = dict(ours.named_parameters())
+    mu = dict(zip(weights, r.shaped(found[0][0], weights.values())))
+    in_their_order = r.flat(mu[name] for name, _ in theirs.named_parameters())
+    assert_close_to_its_largest(in_their_order, found[1][0].double(), 1e-3)
     assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-3)
-
-
-def sizes_of(model):
-    return [p.numel() for p in model.parameters()]
 
 
 def frozen(model):
