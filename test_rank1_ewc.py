@@ -1320,8 +1320,7 @@ def test_a_text_includes_the_tables_as_their_files_now_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_does_the_same_work_both_ways(tmp_path, monkeypatch):
-    monkeypatch.setitem(r.BAR, "disable", True)
+def test_bench_does_the_same_work_both_ways(tmp_path):
     lines = bench.main(["--quick", "--to", str(tmp_path / "bench.json")])
     assert len(lines) == 7
     for name, line in lines.items():
