@@ -1283,10 +1283,7 @@ def test_runs_that_belong_in_no_table_are_refused_in_one_line(tmp_path, capsys, 
     usual = {"method": "gd", "seed": 0, "afid": 20.0, "forgetting": 2.0, "epochs": 1}
     hand_made_run(tmp_path / "a", **usual)
     hand_made_run(tmp_path / "b", **usual | other)
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refusal(capsys, tmp_path, main=report.main)
     assert all(word in error for word in words.split("|"))
 
 
@@ -1331,10 +1328,10 @@ def test_bench_does_the_same_work_both_ways(tmp_path):
 # ---- bad input: one line on stderr that says what to do, status 2, before any training
 
 
-def refusal(capsys, *argv):
+def refusal(capsys, *argv, main=r.main):
     """The one line that the command line is refused with."""
     with pytest.raises(SystemExit) as stopped:
-        r.main([*map(str, argv)])
+        main([*map(str, argv)])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
