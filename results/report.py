@@ -151,9 +151,7 @@ def baseline(run: dict, among: Sequence[dict]) -> dict | None:
     own, usual, found = run["settings"], usual_settings(run), []
     for gd in [other for other in among if other["method"] == "gd" and other is not run]:
         settings = gd["settings"]
-        differing = {name for name in own.keys() & settings.keys() if own[name] != settings[name]} - {
-            "method"
-        }
+        differing = {n for n in own.keys() & settings.keys() if own[n] != settings[n] and n != "method"}
         as_usual = run["method"] == "gd" and all(settings[n] == usual.get(n) for n in differing)
         if own["seed"] == settings["seed"] and (not differing or as_usual):
             found.append((len(differing), gd))
@@ -299,15 +297,13 @@ def report(folder: Path) -> None:
 
 def summary(table: Sequence[dict], differences: Sequence[dict]) -> list[dict]:
     """Join the rows of Table 1 that have runs with their differences from GD, in few columns."""
-    columns, rows = ("against", f"{MEASURES[0]}: difference", f"{MEASURES[1]}: difference"), []
+    names = ("dataset", "method", "seeds", "AFID", "AFID s.e.", "forgetting", "forgetting s.e.")
+    columns = ("against", f"{MEASURES[0]}: difference", f"{MEASURES[1]}: difference")
+    from_gd, rows = {(line["dataset"], line["method"]): line for line in differences}, []
     for row in table:
-        names = ("dataset", "method", "seeds", "AFID", "AFID s.e.", "forgetting", "forgetting s.e.")
-        found = [
-            line for line in differences if all(line[name] == row[name] for name in ("dataset", "method"))
-        ]
         if row["seeds"]:
-            paired_with = found[0] if found else {}
-            rows.append({n: row[n] for n in names} | {n: paired_with.get(n) for n in columns})
+            difference = from_gd.get((row["dataset"], row["method"]), {})
+            rows.append({n: row[n] for n in names} | {n: difference.get(n) for n in columns})
     return rows
 
 
