@@ -54,6 +54,7 @@ COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan",
 LEGEND = """Mean ± standard error over the seeds; curvature: what the penalty adds, mean lambda c* ||mu||^2 (of
 the diagonal lambda times its trace); *: the authors' files."""
 PAIRED = ("dataset", "method", "against", "measure", "seeds", "mean", "low", "high")  # columns
+ROW_FLAGS = ("ema", "form")  # of Table 1: what a row is named with, beside its method
 Rows = dict  # what tells a row from others -> its runs, one a seed
 
 
@@ -108,7 +109,7 @@ def usual_settings(run: dict) -> dict:
     return all_settings(r.DATASETS[run["dataset"]] | (r.SMALL if small else {}))
 
 
-def row_name(run: dict, names: Iterable[str] = ("ema", "form")) -> str:
+def row_name(run: dict, names: Iterable[str] = ROW_FLAGS) -> str:
     """A run's method, and those settings among `names` that are not its dataset's usual: "gd --ema 0.99"."""
     usual = usual_settings(run)
     settings = {name: run["settings"].get(name, usual.get(name)) for name in names}
@@ -159,9 +160,7 @@ def baseline(run: dict, among: Sequence[dict]) -> dict | None:
     return fewest[0] if len(fewest) == 1 else None
 
 
-def paired(
-    runs: Sequence[dict], against: Sequence[dict], names: Iterable[str] = ("ema", "form")
-) -> list[dict]:
+def paired(runs: Sequence[dict], against: Sequence[dict], names: Iterable[str] = ROW_FLAGS) -> list[dict]:
     """The mean difference of each measure between the runs of a row and GD, seed by seed: a line a measure.
 
     Each run is paired with its baseline among `against`, if it has one. low and high are the 95% interval of
