@@ -364,13 +364,12 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     cfg = r.Settings(**paper | config | {"data_dir": data_dir, "device": device})
     data = load_data(cfg)
     try:
-        num_classes = int(data.y.max()) + 1
-        model = r.UNet(data.x.shape[1], num_classes, cfg.channels, cfg.layers_per_block, cfg.dropout)
+        model = r.new_state(cfg, data, data.x.device).model.eval()
         model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
     except r.DAMAGED as error:
         broken = f"{run / 'model.pt'} is missing, damaged or of another network ({type(error).__name__})"
         r.stop(f"{broken}: train it anew with --out {run} --fresh, or name another run")
-    return cfg, model.to(data.x.device).eval(), data
+    return cfg, model, data
 
 
 def main(argv: list[str] | None = None) -> None:
