@@ -285,7 +285,6 @@ def bench_reading(bench: Bench) -> None:
 
 def short_runs(device: torch.device) -> dict[str, list[float]]:
     """The final AFID of short runs on digits: no variant should move it further than another seed does."""
-    torch.set_num_threads(1)  # networks this small gain nothing from more
     print("\nAFID of short runs on digits, seeds 0, 1, 2")
     found = {}
     for variant, flags in VARIANTS.items():
@@ -330,7 +329,7 @@ def second_task_of_digits() -> tuple[r.Settings, r.State, tuple, Callable]:
 
 def milliseconds_by_threads() -> dict[str, float]:
     """A training step in one thread and in two, on idle cores and beside a process that keeps one busy."""
-    training_step, medians, usual = second_task_of_digits(), {}, torch.get_num_threads()
+    training_step, medians = second_task_of_digits(), {}
     for beside, program in {"idle cores": "", "one busy": "while True: pass"}.items():
         other = subprocess.Popen([sys.executable, "-c", program])
         for threads in (1, 2):
@@ -343,7 +342,6 @@ def milliseconds_by_threads() -> dict[str, float]:
             medians[f"{beside}, threads {threads}"] = 1000 * float(np.median(seconds[3:]))
         other.kill()
         other.wait()
-    torch.set_num_threads(usual)
     return medians
 
 
@@ -444,8 +442,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     given = parser.parse_args(argv)
     if given.growth:
         return growth(given.to or Path(__file__).with_name("growth"))
-    if given.quick:
-        torch.set_num_threads(1)  # small work in several threads is slow wherever anything else is running
     r.BAR["disable"], bench = True, Bench(given.quick)
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name() if bench.gpu else cpu
@@ -455,8 +451,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         given.to = given.to or Path(__file__).with_name(f"bench-{re.sub('[^A-Za-z0-9]+', '-', name)}.json")
 
     def keep():  # after each part: one that is stopped has lost nothing that it measured
-        exact = [v["difference"] for v in bench.lines.values() if v["same to"]]
-        content["largest difference"] = max(exact, default=None)
         if given.to:
             r.write_json(given.to, content | bench.lines)
             with r.whole(given.to.with_suffix(".md")) as file:
