@@ -494,19 +494,19 @@ def test_a_training_step_is_one_step_of_adam_on_the_sum_of_the_three_losses(accu
     student, teacher, batch = small_unet().eval(), small_unet(seed=1).eval(), small_batch(12)
     theta = weights_of(student)
     penalty = r.LowRankPenalty(lam=3.0)
-    penalty.add((torch.ones_like(theta), torch.tensor(2.0)), theta - 1e-4)
+    penalty.add((torch.ones_like(theta), torch.tensor(1e-3)), theta - 1e-4)  # a gradient like the losses'
 
     expected = copy.deepcopy(student)
     exact = torch.stack([*r.losses(expected, teacher, *batch), penalty(r.flat(expected.parameters()))])
     exact.sum().backward()
-    torch.optim.Adam(expected.parameters(), lr=1e-2).step()
+    torch.optim.Adam(expected.parameters(), lr=1e-2, eps=1.0).step()
 
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, eps=1.0)
     state = r.State(student, optimizer, teacher=teacher, penalty=penalty, task=1)
     step_losses = r.train_step(cfg, state, batch, r.gradient_function(cfg, state))
     torch.testing.assert_close(step_losses, exact.detach(), rtol=1e-4, atol=1e-6)
     moved, right = (weights_of(model) - theta for model in (student, expected))
-    assert (moved - right).norm() < 0.02 * right.norm()  # Adam's first step is the gradient's sign
+    assert (moved - right).norm() < 1e-3 * right.norm()  # eps 1: else the first step is the gradient's sign
 
 
 # ---- metric
@@ -744,7 +744,7 @@ def test_rank1_without_a_penalty_is_gd_to_the_last_digit(tmp_path):
 @pytest.mark.slow
 def test_a_model_that_does_not_move_has_the_same_fid_after_every_task(tmp_path, monkeypatch):
     monkeypatch.setattr(r, "train_task", lambda *_: None)
-    fid = run_main(tmp_path, "--method=finetune")["fid"]
+    fid = run_main(tmp_path, "--method=finetune", "--dropout=0.5")["fid"]
     assert all(fid[j][k] == fid[k][k] for j in range(5) for k in range(j))
 
 
