@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
 import rank1_ewc as r
@@ -162,7 +163,7 @@ def bench_fisher(bench: Bench) -> None:
 
 
 def bench_training(bench: Bench) -> None:
-    """Steps with replay and distillation, on the same batches."""
+    """Steps with replay and distillation, on the same batches; leaves the seconds of one of ours to the bench."""
     cfg, half, replay = bench.cfg, bench.cfg.batch_size, (bench.task.x.flip(0), bench.task.y.flip(0))
     start = copy.deepcopy(bench.student.state_dict())
     student, teacher = plain_network(cfg, bench.student), plain_network(cfg, bench.teacher)
@@ -197,7 +198,7 @@ def bench_training(bench: Bench) -> None:
         return torch.stack([r.train_step(cfg, state, batch, gradient_of) for batch in batches]).cpu()
 
     name, same_to = f"{bench.steps} training steps ({NETWORK})", None if cfg.bf16 else 1e-3
-    bench.compare(name, plain, ours, (1.2, 3), same_to)
+    bench.step_seconds = bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
 
 
 def bench_penalty(bench: Bench) -> None:
@@ -220,7 +221,7 @@ def bench_penalty(bench: Bench) -> None:
     line = bench.compare(name, lambda: gradient(plain_penalty), lambda: gradient(penalty), (None, None), 1e-4)
     line["plain MB"] = sum(mu.nbytes + theta_star.nbytes for mu, theta_star in tasks) / 2**20
     line["ours MB"] = sum(v.nbytes for v in vars(penalty).values() if torch.is_tensor(v)) / 2**20
-    share = line["ours MB"] / line["plain MB"]
+    line["share of a step"], share = line["ours s"] / bench.step_seconds, line["ours MB"] / line["plain MB"]
     print(f"    keeps {share:.2f} of the memory (aim: a third)" + ("  missed" if share > 1 / 3 else ""))
 
 
@@ -281,6 +282,21 @@ def bench_reading(bench: Bench) -> None:
         return torch.stack([r.to_float(x).mean() for x in on_device.split(size)])
 
     bench.compare(f"reading a task's {len(images):,} images once", plain, ours, (20, 20), 1e-4)
+
+
+def step_against_matrix_products(bench: Bench) -> dict[str, float]:
+    """What share of the speed of large matrix products a training step of bench_training reaches."""
+    x0 = torch.zeros(2 * bench.cfg.batch_size, *bench.task.x.shape[1:], device=bench.device)
+    zeros = torch.zeros(len(x0), dtype=torch.long, device=bench.device)
+    with FlopCounterMode(display=False) as counter:
+        sum(r.losses(bench.student, bench.teacher, x0, zeros, x0, zeros)).backward()
+    side, flop = 8192 if bench.gpu else 2048, counter.get_total_flops()
+    square = torch.randn(side, side, device=bench.device)
+    square = square.bfloat16() if bench.cfg.bf16 else square
+    peak = 2 * side**3 / min(bench.timed(lambda: square @ square)[0] for _ in range(20))
+    share = flop / bench.step_seconds / peak
+    print(f"a training step reaches {share:.0%} of the speed of a large matrix product here")
+    return {"seconds": bench.step_seconds, "GFLOP": flop / 1e9, "peak GFLOP/s": peak / 1e9, "share": share}
 
 
 def short_runs(device: torch.device) -> dict[str, list[float]]:
@@ -461,6 +477,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         part(bench)
         keep()
     if not given.quick:
+        content["training step"] = step_against_matrix_products(bench)
         ms = content["ms of a training step"] = {} if bench.gpu else milliseconds_by_threads()
         for tricks in TRICKS if bench.gpu else []:
             ms[tricks] = milliseconds_with(bench, tricks)
