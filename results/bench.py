@@ -442,6 +442,9 @@ def as_table(content: dict, lines: dict[str, dict]) -> str:
         rows.append({"piece of work": name} | seconds | ratio | {"difference": f"{line['difference']:.0e}"})
     names = [content[name] for name in ("device", "torch", "dataset", "script")]
     notes = [f"On a {names[0]}, PyTorch {names[1]}, the network of {names[2]}; script {names[3]}."]
+    if "training step" in content:
+        share = content["training step"]["share"]
+        notes.append(f"- a training step reaches {share:.0%} of the speed of a large matrix product")
     for name in ("ms of a training step", "AFID of short runs"):
         for key, value in content.get(name, {}).items():
             values = value if isinstance(value, list) else [value]
