@@ -10,8 +10,9 @@ Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR 2026, arXiv 2509.23593.
     python rank1_ewc.py --help                               # every setting
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps
-Gaussian noise like x0; theta all weights as one vector (D,); theta* the weights at the end of a task;
-g = dl/dtheta the gradient of one sample's loss; mu = E[g]; c* the coefficient of F = E[g g^T] on mu mu^T.
+Gaussian noise like x0; abar how much of x0 is left at t; theta all D weights as one vector (D,); theta* the
+weights at the end of a task; l the loss of one sample, g = dl/dtheta its gradient; mu = E[g]; c* the
+coefficient of F = E[g g^T] on mu mu^T; lam EWC's lambda, the weight of its penalty.
 """
 
 import argparse
@@ -72,31 +73,31 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "dataset": ("digits", str, None, "what is learned: a row of DATASETS"),
     "method": ("rank1", str, None, "how old classes are kept: a row of METHODS"),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
-    "tasks": (5, int, COUNT, "the classes are shared out to so many tasks, in label order"),
+    "tasks": (5, int, COUNT, "number of tasks: the classes are split among them equally, in label order"),
     "epochs": (200, int, COUNT, "epochs a task"),
     "batch_size": (128, int, COUNT, "real images a step; as many replayed ones come on top"),
     "lr": (2e-4, float, (1e-12, 1e12), "Adam's learning rate, a fresh Adam each task"),
     "lr_decay": ("none", str, ("none", "linear"), "constant, or falling to 0 within each task"),
     "lam": (15000.0, float, (0, 1e30), "EWC's lambda; a smaller network needs a smaller one"),
     "form": ("loss", str, ("loss", "proximal"), "the penalty in the loss, or a step after each of Adam's"),
-    "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) that a task's Fisher is taken from"),
-    "fisher_timesteps": ([*EVERY_STEP], numbers, EVERY_STEP, "the first of their timesteps, and the end"),
+    "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) of a task for mu, and as many for c*"),
+    "fisher_timesteps": ([*EVERY_STEP], numbers, EVERY_STEP, "the first of their timesteps, and their end"),
     "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher paints"),
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps of an image"),
     "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps of a replayed image (default: sample-steps)"),
-    "ema": (0.0, float, (0, 0.99999), "a task ends with the running average of its weights, of this decay"),
+    "ema": (0.0, float, (0, 0.99999), "decay of the average of its weights that a task ends with; 0: none"),
     "channels": ([128, 256, 256, 256], numbers, (1, 4096), "channels of the UNet at each level"),
     "layers_per_block": (2, int, (1, 100), "residual blocks a level"),
-    "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, its code ran 0"),
-    "limit": (None, int, (2, 10**7), "a quick look: at most so many images a class, and as few of all else"),
+    "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, see README"),
+    "limit": (None, int, (2, 10**7), "a quick look: at most so many images a class, and less of all else"),
     "small": (False, bool, None, "a small network and one epoch a task, for 32x32 images on a CPU"),
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is taken on"),
-    "accumulate": (1, int, COUNT, "turns to take a batch in, where memory is short"),
+    "accumulate": (1, int, COUNT, "parts that a batch is computed in: more of them need less memory"),
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
     "cuda_graph": (None, bool, None, "start a step's kernels all at once (default: on GPUs with CUDA)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
-    "out": (None, Path, None, "folder for the results (default: runs/<dataset>/<method>+seed=<seed>)"),
+    "out": (None, Path, None, "folder for the results (default: one in runs/, with --small in runs-small/)"),
     "fresh": (False, bool, None, "start over, not go on: gives up the run that is in OUT"),
 }
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
@@ -122,7 +123,7 @@ SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # says wh
 TORCHRUN = dist.is_torchelastic_launched() and "LOCAL_RANK" in os.environ
 ENV = os.environ if TORCHRUN else {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 WORLD, RANK, LOCAL_RANK = int(ENV["WORLD_SIZE"]), int(ENV["RANK"]), int(ENV["LOCAL_RANK"])
-# Where one of these is closed, or takes ASCII alone, words are lost, but no run.
+# stdout or stderr may be closed, or take ASCII alone: then text is lost, but the run goes on.
 sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
@@ -160,7 +161,7 @@ def shaped(vector: Tensor, like: Collection[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def overwrite(weights: Collection[nn.Parameter], vector: Tensor) -> None:
-    """Give the weights the values of a vector, where they lie: a recorded step reads them there."""
+    """Copy a vector into the weights, in place: a recorded step reads them where they lie."""
     for p, values in zip(weights, shaped(vector, weights)):
         p.copy_(values)
 
@@ -191,7 +192,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 class Data(NamedTuple):
-    """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, sorted, for training and for testing."""
+    """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, to train and to test; load_data sorts."""
 
     x: Tensor
     y: Tensor
@@ -261,7 +262,7 @@ def load_data(name: str, data_dir: Path) -> Data:
         data = load(data_dir)
     except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
-        stop(f"{name} is missing or damaged ({reason}): put {data_dir / files} there, or name a --data-dir")
+        stop(f"{name} is missing or damaged ({reason}): get {data_dir / files}, or name another --data-dir")
     every_class = torch.arange(int(data.y.max()) + 1)
     for y in (data.y, data.test_y):
         classes, counts = y.unique(return_counts=True)
@@ -303,12 +304,12 @@ class GroupNorm(nn.GroupNorm):
 class Resnet(nn.Module):
     """Residual block, the time and class embedding added in its middle; `resample` acts on both its paths."""
 
-    def __init__(self, c_in, c_out, temb, groups, dropout, resample=None):
+    def __init__(self, c_in, c_out, temb_channels, groups, dropout, resample=None):
         super().__init__()
         self.resample = resample or nn.Identity()
         self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb, c_out)
+        self.time_emb_proj = nn.Linear(temb_channels, c_out)
         self.norm2 = GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -362,12 +363,12 @@ class UNet(nn.Module):
         self, in_channels, num_classes, channels=(128, 256, 256, 256), layers_per_block=2, dropout=0.0
     ):
         super().__init__()
-        temb = 4 * channels[0]
+        temb_channels = 4 * channels[0]
         groups = max(8, channels[0] // 4)  # 32 of the paper's 128 channels, 8 of its small network's 16
         multiple = math.lcm(groups, HEAD_CHANNELS)
         if any(c % multiple for c in channels):
             raise ValueError(f"channels {channels} must be multiples of {multiple}, for norms and attention")
-        resnet = partial(Resnet, temb=temb, groups=groups, dropout=dropout)
+        resnet = partial(Resnet, temb_channels=temb_channels, groups=groups, dropout=dropout)
 
         def stage(level, c, inputs):  # a level's residual blocks, and attention (or nothing) after each
             resnets = nn.ModuleList([resnet(c_in, c) for c_in in inputs])
@@ -379,9 +380,9 @@ class UNet(nn.Module):
             return resnet(c, c, resample=change) if level == 2 else Resample(c, up)
 
         self.num_frequencies = channels[0] // 2
-        linear_1, linear_2 = nn.Linear(channels[0], temb), nn.Linear(temb, temb)
+        linear_1, linear_2 = nn.Linear(channels[0], temb_channels), nn.Linear(temb_channels, temb_channels)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        self.class_embedding = nn.Embedding(num_classes, temb)
+        self.class_embedding = nn.Embedding(num_classes, temb_channels)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels[0]]
@@ -450,7 +451,7 @@ def draw_noise(x0: Tensor, generator: torch.Generator, timesteps=EVERY_STEP) -> 
 
 
 def per_sample_loss(predict: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> Tensor:
-    """l_i = mean over pixels of (eps_theta(x_t, t, y) - eps)^2, section 2 of the paper. -> (B,)."""
+    """l_i = mean over pixels of (eps_theta(x_t, t, y) - eps)^2. -> (B,)."""
     return (predict(add_noise(x0, t, eps), t, y) - eps).square().flatten(1).mean(1)
 
 
@@ -537,13 +538,13 @@ def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sampl
     derivative for all its mu^T g_i at once: no gradient of a single sample is ever made.
     """
     theta, loss_at = as_function(model, loss)
-    mu = torch.zeros_like(flat(theta.values()))
+    total = torch.zeros_like(flat(theta.values()))  # the sum of all g_i
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
-        g = torch.autograd.grad(loss(model, *batch).sum(), model.parameters(), materialize_grads=True)
-        mu += flat(g)
-        if not mu.isfinite().all():
+        sum_of_losses = loss(model, *batch).sum()
+        total += flat(torch.autograd.grad(sum_of_losses, model.parameters(), materialize_grads=True))
+        if not total.isfinite().all():
             list(gradients(model, [batch], loss))  # raises an error that names the sample
-    mu = all_sum(mu) / n
+    mu = all_sum(total) / n
 
     norm = math.sqrt(dot64(mu, mu))
     if not 0 < norm < math.inf:
@@ -551,7 +552,7 @@ def rank1_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, loss=per_sampl
     u = dict(zip(theta, shaped(mu / norm, theta.values())))  # mu's direction, in the shapes of the weights
     squares = torch.zeros_like(mu[0])  # the sum of (u^T g_i)^2
     for batch in my_share(fisher_batches(x, y, n, generator, timesteps)):
-        # Other attention kernels have no forward mode, and its group norm takes no other memory format.
+        # Other attention kernels have no forward mode, in which group norm also needs contiguous inputs.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), register_module_forward_pre_hook(contiguous):
             _, along_u = jvp(partial(loss_at, batch=batch), (theta,), (u,))  # (B,) u^T g_i
         squares += along_u.square().sum()
@@ -590,14 +591,17 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
     values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
     values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
-    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G
+    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G  # v_j = G^T u_j / sqrt(N lambda_j)
 
 
 def rank_k_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, k=1) -> tuple[Tensor, Tensor]:
-    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), from n gradients or as many as fit."""
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as fit.
+
+    ValueError: fewer than k gradients fit.
+    """
     n = min(n, GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
     if n < k:
-        stop(f"rank {k} needs at least {k} gradients, not {n}: raise --fisher-samples or lower --channels")
+        raise ValueError(f"rank {k} needs at least {k} gradients, not {n}")
     G = torch.cat(list(gradients(model, fisher_batches(x, y, n, generator, timesteps))))
     values, vectors = eigenpairs(G, k)
     return vectors, values[:k].to(vectors)
@@ -605,7 +609,8 @@ def rank_k_fisher(model, x, y, n, generator, timesteps=EVERY_STEP, k=1) -> tuple
 
 # ---- Penalties: what keeps the weights near the old tasks'. Both are the exact sum over all old tasks. After
 # a task, add(Fisher, theta*) stores it and returns its numbers for result.json; drift(theta) says how far the
-# weights then move; penalty(theta) is a scalar on top of the next task's loss. vars(penalty) is all of it.
+# weights are from the old tasks', weighted as in the penalty; penalty(theta) is a scalar on top of the next
+# task's loss, before the first add 0. vars(penalty) is all of it.
 
 
 class LowRankPenalty:
@@ -633,17 +638,20 @@ class LowRankPenalty:
         return {"c_star": float(c[0]), "mu_norm": float(mu_norm), "energy": float(energy)}
 
     def drift(self, theta: Tensor) -> Tensor:
-        """v^T (theta - theta*_k) of every direction: how far the weights went along it. -> (directions,)."""
+        """v^T (theta - theta*_k) of every direction: the way along it times ||v||. -> (directions,)."""
         return self.v @ (theta - self.origin) + self.offset
 
     def __call__(self, theta: Tensor) -> Tensor:
+        if self.origin is None:
+            return theta.new_zeros(())
         return self.lam / 2 * (self.c * self.drift(theta).square()).sum()
 
     @torch.no_grad()
-    def proximal_step(self, weights: Collection[nn.Parameter], eta: float) -> None:
-        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / 2 eta (Woodbury)."""
+    def proximal_step(self, weights: Iterable[nn.Parameter], eta: float) -> None:
+        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / (2 eta)."""
         # Decoupled from Adam, as AdamW's weight decay (arXiv 1711.05101): in the loss, a stiff penalty's
         # gradient enters Adam's second moment and so shrinks the task's steps.
+        weights = list(weights)
         theta, stiffness = flat(weights), eta * self.lam * self.c.cpu().double()  # (D,), (directions,)
         system = torch.eye(len(stiffness)) + (self.v @ self.v.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
@@ -718,7 +726,7 @@ def losses(student, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> t
     """L_T, the denoising loss on the real rows, and L_GD, the distance from the teacher on the replayed rows.
 
     x0, eps (B, C, H, W), t, y (B,). With a teacher the first half of the rows is real, the second replayed;
-    without one (None) L_T is over all rows and L_GD is 0. One pass of the student serves both (section 2).
+    without one (None) L_T is over all rows and L_GD is 0. The student runs once for both, as in their code.
     """
     x_t = add_noise(x0, t, eps)
     eps_student = student(x_t, t, y)
@@ -796,7 +804,7 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
 def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], float | None]:
     """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, final forgetting.
 
-    AFID_j = mean over k <= j of FID_k(m_j); F = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)). Lower is better.
+    AFID_j = mean over k <= j of FID_k(m_j); forgetting = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)).
     Joint training has one row, of all tasks, and forgets nothing: None.
     """
     matrix = np.array(fid, dtype=float)  # None becomes nan
@@ -841,7 +849,7 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
 
 
 def begin_task(cfg: Settings, state: State) -> None:
-    """The model, frozen, is the teacher; a fresh Adam; the average of the weights begins with them."""
+    """Copy and freeze the model as the teacher; a fresh Adam; the average begins with the weights of now."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
     fused = cfg.device == "cuda" or None  # all weights in a few kernels
@@ -928,8 +936,9 @@ def epoch_batches(cfg: Settings, state: State, task: Data, replay, size: int) ->
     for index in order[: len(x) // size * size].split(size):  # full batches: a random remainder is left out
         images, labels = x[index], y[index]
         if replay:
-            old = torch.randint(len(replay[1]), (size,), generator=draw["replay"], device=device)
-            images, labels = torch.cat([images, replay[0][old]]), torch.cat([labels, replay[1][old]])
+            old_x, old_y = replay
+            old = torch.randint(len(old_y), (size,), generator=draw["replay"], device=device)
+            images, labels = torch.cat([images, old_x[old]]), torch.cat([labels, old_y[old]])
         x0 = to_float(images)
         yield x0, *draw_noise(x0, draw["noise"]), labels
 
@@ -1005,7 +1014,7 @@ def train_step(cfg: Settings, state: State, batch: tuple, gradient_of: Callable)
 
 def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) -> None:
     """The epochs of a task, from where the state stands. FloatingPointError: a loss is not finite."""
-    n, parts, saved = len(task.y), WORLD * cfg.accumulate, time.monotonic()
+    n, parts, saved_at = len(task.y), WORLD * cfg.accumulate, time.monotonic()
     size = min(cfg.batch_size, n)
     if size % parts:
         stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
@@ -1030,9 +1039,9 @@ def train_task(cfg: Settings, state: State, task: Data, replay: tuple | None) ->
                 raise FloatingPointError(f"task {state.task + 1}'s loss is not finite in epoch {state.epoch}")
             state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | means)
             bar.set_postfix({name: f"{v:.4f}" for name, v in means.items() if v}, refresh=False)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 save_checkpoint(cfg, state)
-                saved = time.monotonic()
+                saved_at = time.monotonic()
     if cfg.ema:  # the task ends with the averaged weights
         overwrite([*state.model.parameters()], state.average)
 
@@ -1084,7 +1093,10 @@ def run(cfg: Settings, data: Data, features: Callable[[Tensor], np.ndarray], dev
             if k + 1 < cfg.tasks:
                 draws = (cfg.fisher_samples, rng(device, cfg.seed, "fisher", k), cfg.fisher_timesteps)
                 with timed(state, "fisher"):
-                    fisher = method.fisher(state.model, task.x, task.y, *draws)
+                    try:
+                        fisher = method.fisher(state.model, task.x, task.y, *draws)
+                    except ValueError as error:
+                        stop(f"{error}: raise --fisher-samples or lower --channels")
                 state.fisher.append(state.penalty.add(fisher, theta))
         with timed(state, "fid"):
             evaluate(cfg, state, seen, real, features, device)
@@ -1176,7 +1188,7 @@ def save_progress(cfg: Settings, state: State, tasks: list[Data], device) -> Non
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    """The settings: the paper's, over them the dataset's row, over it what the command line names."""
+    """The paper's settings; over them the dataset's row, then --small and --limit, then the command line."""
     epilog = "(..): the paper's value, or else the default. The digits, --small and --limit have others."
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=epilog, allow_abbrev=False)
     parser.error = stop
@@ -1184,7 +1196,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         choices = {"dataset": DATASETS, "method": METHODS}.get(name, limits if kind is str else None)
         yes_or_no = {"action": argparse.BooleanOptionalAction}
         options = yes_or_no if kind is bool else {"type": kind, "choices": choices}
-        text = text if value is None or value is False else f"{text} ({value})"
+        shown = ",".join(map(str, value)) if kind is numbers else value
+        text = text if value is None or value is False else f"{text} ({shown})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
@@ -1198,7 +1211,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     settings |= SMALL if small else {}
     if "limit" in given:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
-        settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # two classes a task
+        settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # of two classes
     cfg = Settings(**settings | given)
     penalty, parts = METHODS[cfg.method].penalty, WORLD * cfg.accumulate
     cfg.lam = cfg.lam if penalty else 0.0
@@ -1289,7 +1302,7 @@ def main(argv: list[str] | None = None) -> dict:
         again = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
         command = shlex.join([*(["torchrun", ".."] if WORLD > 1 else [sys.executable]), sys.argv[0], *again])
         if RANK == 0:
-            print(f"\nrank1_ewc: interrupted; this goes on where it stopped: {command}", file=sys.stderr)
+            print(f"\nrank1_ewc: interrupted; to go on from the last checkpoint: {command}", file=sys.stderr)
         raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
     except filelock.Timeout:
         stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")

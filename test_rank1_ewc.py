@@ -324,6 +324,12 @@ def test_rank_k_fisher_keeps_no_more_gradients_than_fit(monkeypatch, fit, most, 
     assert shapes == [(kept, weights)]
 
 
+def test_rank_k_fisher_refuses_fewer_gradients_than_directions(capsys):
+    with pytest.raises(ValueError, match="rank 2 needs at least 2 gradients, not 1"):
+        r.rank_k_fisher(small_unet(), *small_images(), 1, generator(), k=2)
+    assert "raise --fisher-samples" in refusal(capsys, *QUICK, "--method=rank4", "--fisher-samples=3")
+
+
 # ---- the theory, where it is exact
 
 
@@ -419,6 +425,11 @@ def test_the_proximal_step_minimizes_penalty_plus_distance(eta):
     penalty.proximal_step([z], eta)
     gradient = value_and_gradient(lambda z: penalty(z) + (z - theta).square().sum() / (2 * eta), z)[1]
     assert gradient.norm() < 1e-3 * value_and_gradient(penalty, theta)[1].norm()
+
+
+@pytest.mark.parametrize("kind", [r.LowRankPenalty, r.DiagonalPenalty])
+def test_a_penalty_is_0_before_its_first_task(kind):
+    assert kind(7.0)(torch.ones(50)).tolist() == 0
 
 
 def test_penalties_keep_one_copy_of_the_weights_for_any_number_of_tasks():
