@@ -16,7 +16,7 @@ EXTRA ?=
 comma := ,
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -85,35 +85,36 @@ some = $(foreach s,$(1),$(foreach flags,$(3),results/$(2)/$(flags)+seed=$(s)/res
 five = $(call some,0 1 2 3 4,$(1),$(2))
 
 TABLE1 = joint finetune replay gd diag-only+lam=10000 rank1-only+lam=10000 diag rank1
-falling: $(call five,falling/digits,$(TABLE1))  ## Table 1 at a learning rate that falls to 0
+falling: $(call five,falling/digits,$(TABLE1))  ## Table 1 on digits at a learning rate that falls to 0
 constant: $(call five,constant/digits,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99)
-constant:  ## rank-1 EWC against GD at a constant one, with and without an average of the weights
+constant:  ## rank-1 EWC against GD at a constant learning rate, with and without an average of the weights
 falling constant:
 	$(PY) -m results.report results/$@/digits
 
 SEARCH = $(call some,100,constant/search,$(1))
 search-rate: OVER = lr
-search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant rate, on seed 100
+search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant learning rate, on seed 100
 search-lambda: OVER = curvature
 search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix diag+lam=,1 10 100 1000))
-search-lambda:  ## and which lambda, rank-1 and diagonal
+search-lambda:  ## which lambda at a constant rate, rank-1 and diagonal, on seed 100
 SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
 SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
 search-falling: OVER = curvature
-search-falling: $(call some,100,falling/search,$(SEARCHED))  ## and which lambda at the falling rate, in both forms
+search-falling: $(call some,100,falling/search,$(SEARCHED))  ## which lambda at the falling rate, in both forms, on seed 100
 search-alone: OVER = lam
 ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
-search-alone: $(call some,100,falling/search,$(ALONE))  ## and without GD
+search-alone: $(call some,100,falling/search,$(ALONE))  ## which lambda for EWC without GD, on seed 100
 FRESH = $(call some,5 6 7 8 9,$(1),$(2))
 confirm confirm-constant ten-seeds ten-seeds-constant: OVER = lam
 confirm: $(call FRESH,falling/confirm,gd rank1)
-confirm:  ## rank-1 EWC against GD at the falling rate once more, on five seeds that chose nothing
+confirm:  ## rank-1 EWC against GD at the falling rate again, on five seeds that chose nothing
 ten-seeds: $(call FRESH,falling/confirm,gd rank1) $(call five,falling/digits,gd rank1)
-ten-seeds:  ## and on these and the first five together
+ten-seeds:  ## the same on those five seeds and the first five together
 CONFIRMED = $(call FRESH,constant/confirm,gd rank1+lam=10 rank1+lam=100)
 confirm-constant: $(CONFIRMED)
 ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100)
-confirm-constant ten-seeds-constant:  ## the same two at the constant rate, with a larger lambda too
+confirm-constant:  ## rank-1 EWC against GD at the constant rate again, on five seeds that chose nothing
+ten-seeds-constant:  ## the same on those five seeds and the first five together
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
 lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 diag+lam=1)
@@ -124,7 +125,7 @@ replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addpr
 replay-steps:  ## GD with a replay pool painted in fewer DDIM steps than 20
 replay-pool: OVER = replay_per_class
 replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-per-class=,10 50))
-replay-pool:  ## and of fewer images than 200 a class
+replay-pool:  ## GD with a replay pool of fewer images than 200 a class
 small-pool: OVER = curvature
 small-pool: $(call five,falling/studies,$(addsuffix +replay-per-class=10,gd $(addprefix rank1+lam=,10 100 1000)))
 small-pool: $(call five,falling/studies,rank4+lam=25+replay-per-class=10)
@@ -135,7 +136,7 @@ lambda:  ## rank-1 EWC against GD over lambda at the constant rate
 AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
 AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
-lambda-ema: $(AVERAGED)  ## and where a task ends with an average of its weights
+lambda-ema: $(AVERAGED)  ## rank-1 EWC against GD over lambda at the constant rate, with an average of the weights
 average: OVER = ema
 average: $(call five,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
 average:  ## GD with the average at a constant rate, against GD at the falling one
@@ -153,10 +154,11 @@ confirm-rank4 ten-seeds-rank4: OVER = lam
 CONFIRMED_4 = $(call FRESH,constant/confirm,gd+ema=0.99 rank4+lam=25+ema=0.99)
 confirm-rank4: $(CONFIRMED_4)
 ten-seeds-rank4: $(CONFIRMED_4) $(call five,constant/digits,gd+ema=0.99) $(call five,constant/studies,rank4+lam=25+ema=0.99)
-confirm-rank4 ten-seeds-rank4:  ## the four top eigenvectors against GD once more, on fresh seeds, and on all ten
+confirm-rank4:  ## F's four top eigenvectors against GD again, on five seeds that chose nothing
+ten-seeds-rank4:  ## the same on those five seeds and the first five together
 rank4-falling: OVER = lam
 rank4-falling: $(call five,falling/digits,gd) $(call five,falling/studies,rank4+lam=25)
-rank4-falling:  ## and at the falling rate
+rank4-falling:  ## F's four top eigenvectors against GD at the falling rate
 binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
@@ -166,11 +168,11 @@ search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addpre
 search-fashion:  ## which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
 FASHION = $(call some,0 1 2,fashion/$(1),$(2))
 fashion-small: $(call FASHION,small,gd rank1+lam=10)
-fashion-small:  ## rank-1 EWC (lambda 10) against GD there: an hour and a half of one core a run
+fashion-small:  ## rank-1 EWC (lambda 10) against GD on FashionMNIST: an hour and a half of one core a run
 	$(PY) -m results.report results/fashion/small
 average-fashion: OVER = ema
 average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
-average-fashion:  ## GD with the average at a constant rate there, against GD at the falling one
+average-fashion:  ## GD with the average at a constant rate on FashionMNIST, against GD at the falling one
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
 COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 rank4-falling binds
