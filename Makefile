@@ -164,7 +164,7 @@ BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-e
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
 search-fashion: OVER = curvature
-search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000)))
+search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000 10000)))
 search-fashion:  ## which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
 FASHION = $(call some,0 1 2,fashion/$(1),$(2))
 fashion-small: $(call FASHION,small,gd rank1+lam=10)
