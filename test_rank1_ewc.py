@@ -534,6 +534,15 @@ def test_frechet_distance_equals_clean_fids_and_a_case_solved_by_hand():
     assert r.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_tasks_fid_is_of_its_test_images_and_of_samples_with_the_same_labels():
+    y = torch.arange(4).repeat_interleave(10)
+    x = torch.tensor([64, 89, 115, 140], dtype=torch.uint8)[y][:, None, None, None].expand(-1, 1, 8, 8)
+    cfg, state = settings(tasks=2, fid_features="greys"), r.State(Painter(1, 1))  # paints these greys
+    tasks, features = r.split_tasks(r.Data(x, y, x, y), 2), lambda images: images[:, 0, 0, :1].numpy()
+    r.evaluate(cfg, state, tasks, [features(task.test_x) for task in tasks], features, CPU)
+    assert state.fid == [pytest.approx([0, 0], abs=3)]  # of greys that are off by one at most
+
+
 def test_afid_and_forgetting_equal_a_matrix_worked_by_hand():
     afid, forgetting = r.afid_and_forgetting([[4.0, None, None], [6.0, 10.0, None], [9.0, 12.0, 3.0]])
     assert afid == [4, 8, 8]
@@ -759,6 +768,20 @@ def test_a_model_that_does_not_move_has_the_same_fid_after_every_task(tmp_path, 
     assert all(fid[j][k] == fid[k][k] for j in range(5) for k in range(j))
 
 
+def test_an_epoch_takes_each_image_once_in_random_order_with_as_many_replayed_ones_each_with_its_own_label():
+    x, y = (v[:40] for v in small_images(80))
+    old_x, old_y = small_images(80)[0][40:], torch.arange(40) + 100  # no image, and no label, of the new ones
+    batches = r.epoch_batches(settings(), r.State(None), r.Data(x, y, x, y), (old_x, old_y), 10)
+    x0, _, _, labels = map(torch.stack, zip(*batches))  # (4, 20, ..)
+    real, replayed = (r.to_uint8(part).flatten(0, 1) for part in (x0[:, :10], x0[:, 10:]))
+    which = [int((x == image).flatten(1).all(1).nonzero()) for image in real]
+    assert sorted(which) == list(range(40)) != which
+    assert labels[:, :10].flatten().equal(y[which])
+    which = [int((old_x == image).flatten(1).all(1).nonzero()) for image in replayed]
+    assert labels[:, 10:].flatten().equal(old_y[which])
+    assert len(set(which)) > 20
+
+
 def test_with_ema_a_task_ends_with_the_average_of_its_weights(monkeypatch):
     cfg, data, path = settings(method="finetune", ema=0.9, epochs=2), r.load_data("digits", Path()), []
     state = r.new_state(cfg, data, CPU)
@@ -782,6 +805,7 @@ def test_training_leaves_the_weights_where_they_lie_in_memory_as_a_recorded_step
     places = [p.data_ptr() for p in state.model.parameters()]
     r.train_task(cfg, state, task, (task.x, task.y))
     assert [p.data_ptr() for p in state.model.parameters()] == places
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(cfg.lr / state.step)  # it fell
     assert not weights_of(state.model).equal(theta)
 
 
