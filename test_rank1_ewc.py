@@ -719,6 +719,7 @@ def test_a_run_from_the_command_line_leaves_its_results(tmp_path):
     assert (result["dataset"], result["method"], result["seed"]) == ("digits", "rank1", 0)
     assert set(result["seconds"]) == {"replay", "train", "fisher", "fid"}
     assert result["script"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
+    assert min(result["fid_real"]) > 1  # of training images: of the test images themselves it would be 0
     assert [len(row) for row in result["drift"]] == [1, 2, 3, 4]  # of every old task, after tasks 2 to 5
     assert [line["task"] for line in log] == [1, 2, 3, 4, 5]
     r.UNet(1, 10, (8,), 1).load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
@@ -737,14 +738,16 @@ def test_a_run_from_the_command_line_leaves_its_results(tmp_path):
 def test_each_methods_row_does_what_its_name_says(tmp_path, monkeypatch, method):
     joint, replays = method == "joint", method not in ("joint", "finetune", "diag-only", "rank1-only")
     distills, penalizes = replays and method != "replay", method.startswith(("diag", "rank"))
-    learned, replayed = [], []
+    learned, replayed, timesteps = [], [], []
 
     def see(_, cfg, state, task, replay):
         learned.append(task.y.unique().tolist())
         replayed.append(replay and replay[1].unique().tolist())
 
     spy(monkeypatch, r, "train_task", see)
-    result, log = run_main(tmp_path, "--method", method), read_log(tmp_path)
+    spy(monkeypatch, r, "fisher_batches", lambda _, *args: timesteps.append(args[-1]))
+    result, log = run_main(tmp_path, "--method", method, "--fisher-timesteps=300,310"), read_log(tmp_path)
+    assert bool(timesteps) == penalizes and all(of_one_fisher == [300, 310] for of_one_fisher in timesteps)
     assert learned == ([list(range(10))] if joint else [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]])
     assert replayed == [list(range(2 * k)) if replays and k > 0 else None for k in range(len(learned))]
     assert [line["distill"] > 0 for line in log] == [k > 0 and distills for k in range(len(log))]
@@ -965,7 +968,7 @@ def test_recorded_steps_are_the_same_as_others(form, accumulate):
 
 
 @needs_cuda
-def test_cuda_and_the_cpu_find_the_same_mu():
+def test_cuda_and_the_cpu_find_the_same_mean_gradient():
     model, batch = small_unet(channels=(16, 32, 32)).eval(), small_batch(20)
     mu = gradients_one_by_one(model, [batch]).mean(0)
     loss = r.per_sample_loss(model.cuda(), *(v.cuda() for v in batch)).mean()
