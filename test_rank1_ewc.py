@@ -1270,6 +1270,19 @@ def test_table_1_has_means_errors_and_the_papers_numbers(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"figure4.png", "figure5-fashion.png"}
 
 
+def test_runs_on_different_features_stay_apart_in_one_report(tmp_path):
+    for features, afid in (("inception", 20.0), ("fashion-classifier", 200.0)):
+        for method, add in (("gd", 0), ("rank1", afid / 10)):
+            folder = tmp_path / features / method
+            hand_made_run(folder, method, 0, afid + add, 2.0, lam=10.0, fid_features=features)
+    report.main([str(tmp_path)])
+    rows = [line.split("|") for line in (tmp_path / "summary.md").read_text().splitlines()[2:]]
+    found = {(row[1].strip(), row[2].strip()): row[7].strip() for row in rows}
+    expected = {"fashion (inception)": "+2.00", "fashion (fashion-classifier)": "+20.00"}
+    assert {name: found[name, "rank1"] for name in expected} == expected
+    assert len([*tmp_path.glob("figure5-*.png")]) == 2
+
+
 def test_a_paired_difference_has_the_interval_of_a_paired_t_test(tmp_path):
     gd, rank1 = [20.0, 26.0, 22.0], [18.5, 25.0, 23.0]
     for seed in range(3):

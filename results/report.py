@@ -264,18 +264,20 @@ def code_note(runs: Iterable[dict]) -> list[str]:
 def report(folder: Path) -> None:
     """Write and print Table 1 and the paired differences of all runs below a folder; draw Figures 4 and 5."""
     groups, table, differences, notes = gather(folder), [], [], []
+    kinds = Counter(dataset for dataset, _ in groups)  # of features
     for (dataset, features), rows in groups.items():
+        title = dataset if kinds[dataset] == 1 else f"{dataset} ({features})"
         published = dict(zip(ROWS, PUBLISHED.get(dataset, ())))
         every_run = [run for runs in rows.values() for run in runs]
         for name in sorted({*rows, *ROWS}, key=lambda name: (METHODS.index(name.split()[0]), name)):
             runs = rows.get(name, [])
-            row = {"dataset": dataset, "method": name, "seeds": len(runs)}
+            row = {"dataset": title, "method": name, "seeds": len(runs)}
             row |= means(runs, (*MEASURES, "pooled FID"))
             row["curvature"], _ = mean_and_error([value for run in runs for value in run["curvature"]])
             table.append(row | {"paper: AFID / forgetting": published.get(name), "FID features": features})
-            differences += [{"dataset": dataset, "method": name} | line for line in paired(runs, every_run)]
+            differences += [{"dataset": title, "method": name} | line for line in paired(runs, every_run)]
         notes.append(setting_note(dataset, features, every_run))
-        plot_samples(dataset, rows, folder / f"figure5-{dataset}.png")
+        plot_samples(title, rows, folder / f"figure5-{re.sub(r'[^A-Za-z0-9]+', '-', title).strip('-')}.png")
     plot_afid(groups, folder / "figure4.png")
     absent = [name for name in PUBLISHED if name not in [dataset for dataset, _ in groups]]
     notes += [f"- missing, no finished run: {', '.join(absent)}."] if absent else []
