@@ -726,7 +726,7 @@ def losses(student, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> t
     """L_T, the denoising loss on the real rows, and L_GD, the distance from the teacher on the replayed rows.
 
     x0, eps (B, C, H, W), t, y (B,). With a teacher the first half of the rows is real, the second replayed;
-    without one (None) L_T is over all rows and L_GD is 0. The student runs once for both, as in their code.
+    without one (None) L_T is over all rows, L_GD is 0. In the authors' code too the student runs once.
     """
     x_t = add_noise(x0, t, eps)
     eps_student = student(x_t, t, y)
