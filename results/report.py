@@ -479,7 +479,7 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
             axes.set_yscale("symlog", linthresh=1)
             axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.margins(x=0.12, y=0.12)
+        axes.margins(x=0.15, y=0.12)
     figure.get_layout_engine().set(wspace=0.04)  # a panel's label would touch the next
     what = "Difference from GD" if differences else "Mean"
     bars = ", seed by seed, 95% interval" if differences else ", standard error"
