@@ -105,7 +105,7 @@ search-alone: OVER = lam
 ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
 search-alone: $(call some,100,falling/search,$(ALONE))  ## which lambda for EWC without GD, on seed 100
 FRESH = $(call some,5 6 7 8 9,$(1),$(2))
-confirm confirm-constant ten-seeds ten-seeds-constant: OVER = lam
+confirm confirm-constant ten-seeds ten-seeds-constant nine-seeds-constant: OVER = lam
 confirm: $(call FRESH,falling/confirm,gd rank1)
 confirm:  ## rank-1 EWC against GD at the falling rate again, on five seeds that chose nothing
 ten-seeds: $(call FRESH,falling/confirm,gd rank1) $(call five,falling/digits,gd rank1)
@@ -113,8 +113,11 @@ ten-seeds:  ## the same on those five seeds and the first five together
 CONFIRMED = $(call FRESH,constant/confirm,gd rank1+lam=10 rank1+lam=100)
 confirm-constant: $(CONFIRMED)
 ten-seeds-constant: $(CONFIRMED) $(call five,constant/digits,gd rank1+lam=10) $(call five,constant/studies,rank1+lam=100)
+nine-seeds-constant: $(call five,constant/digits,gd rank1+lam=10)
+nine-seeds-constant: $(call some,5 7 8 9,constant/confirm,gd rank1+lam=10)
 confirm-constant:  ## rank-1 EWC against GD at the constant rate again, on five seeds that chose nothing
 ten-seeds-constant:  ## the same on those five seeds and the first five together
+nine-seeds-constant:  ## the same without seed 6, which ended far from the others: how much hangs on it
 lambda-falling: OVER = curvature
 lambda-falling: $(call five,falling/digits,gd rank1 diag)
 lambda-falling: $(call five,falling/studies,rank1+lam=1 rank1+lam=100 diag+lam=1)
@@ -159,6 +162,12 @@ ten-seeds-rank4:  ## the same on those five seeds and the first five together
 rank4-falling: OVER = lam
 rank4-falling: $(call five,falling/digits,gd) $(call five,falling/studies,rank4+lam=25)
 rank4-falling:  ## F's four top eigenvectors against GD at the falling rate
+against-mu against-mu-tenth: OVER = lam
+AT = $(call five,constant/studies,$(addsuffix +ema=0.99,$(1)))
+against-mu: $(call AT,rank1-eig+lam=250 rank2+lam=250 rank4+lam=250) | $(call AT,rank1+lam=1000)
+against-mu:  ## F's top eigenvectors compared with mu itself, seed by seed, at the larger curvature
+against-mu-tenth: $(call AT,rank1-eig+lam=25 rank4+lam=25) | $(call AT,rank1+lam=100)
+against-mu-tenth:  ## the same at a tenth of it
 binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
@@ -174,10 +183,11 @@ average-fashion: OVER = ema
 average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
 average-fashion:  ## GD with the average at a constant rate on FashionMNIST, against GD at the falling one
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
-COMPARED += ten-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda lambda-ema average
-COMPARED += timesteps directions confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion
+COMPARED += ten-seeds-constant nine-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda
+COMPARED += lambda-ema average timesteps directions against-mu against-mu-tenth confirm-rank4 ten-seeds-rank4
+COMPARED += rank4-falling binds search-fashion
 $(COMPARED) average-fashion:
-	$(PY) -m results.report $(^D) --over $(OVER) --to results/$@
+	$(PY) -m results.report $(^D) --over $(OVER) $(if $|,--against $(dir $|)) --to results/$@
 
 JOINT = joint+seed=0/model.pt
 fisher: $(addprefix results/falling/figure,1.json 2.json 3.json)

@@ -1352,6 +1352,21 @@ def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(t
     assert (tmp_path / "new" / "lambda.png").stat().st_size > 10_000
 
 
+def test_a_comparison_can_be_with_the_runs_of_another_row_than_gd(tmp_path, capsys):
+    afids = {"gd": (10.0, 10.0), "rank1": (20.0, 21.0), "rank1-eig": (21.0, 24.0)}
+    runs = {method: [tmp_path / f"{method}-{seed}" for seed in (0, 1)] for method in afids}
+    for method, folders in runs.items():
+        for seed, folder in enumerate(folders):
+            hand_made_run(folder, method, seed, afids[method][seed], 2.0)
+    command = [*runs["rank1-eig"], "--over", "lam", "--to", tmp_path / "direct", "--against", *runs["rank1"]]
+    report.main([*map(str, command)])
+    afid, *_ = json.loads((tmp_path / "direct.json").read_text())["paired"]
+    assert (afid["measure"], afid["against"].split()[0], afid["seeds"]) == ("AFID", "rank1", 2)
+    # Of the differences 1 and 3 the standard error is 1, and Student's t of one degree of freedom 12.706.
+    assert [afid["mean"], afid["low"], afid["high"]] == pytest.approx([2, 2 - 12.706, 2 + 12.706], abs=1e-3)
+    assert "--against" in refusal(capsys, *command, *runs["gd"], main=report.main)
+
+
 def test_drift_is_told_along_unit_vectors_of_all_directions_of_a_task():
     run = {"fisher": [{"mu_norm": 2.0}, {"mu_norm": 0.5}], "drift": [[9.0, 9.0], [4.0, -4.0, 1.0, 1.0]]}
     assert report.mean_drift([run]) == "2.0e+00"

@@ -2,6 +2,7 @@
 
     python -m results.report RUNS                                        # every finished run below a folder
     python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting or curvature
+    python -m results.report RUN .. --over lam --to results/direct --against RUN ..    # from these, not from GD
     python -m results.report --include README.md          # renew the tables that a text includes, from files
 
 The first writes table1.md, table1.csv, paired.md, paired.csv, summary.md, figure4.png and
@@ -18,6 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain, combinations, cycle
 from pathlib import Path
 
@@ -160,17 +162,17 @@ def baseline(run: dict, among: Sequence[dict]) -> dict | None:
     return fewest[0] if len(fewest) == 1 else None
 
 
-def paired(runs: Sequence[dict], against: Sequence[dict], names: Iterable[str] = ROW_FLAGS) -> list[dict]:
-    """The mean difference of each measure between the runs of a row and GD, seed by seed: a line a measure.
+def paired(runs: Sequence[dict], base_of: Callable, names: Iterable[str] = ROW_FLAGS) -> list[dict]:
+    """The mean difference of each measure between the runs of a row and others, seed by seed: a line a measure.
 
-    Each run is paired with its baseline among `against`, if it has one. low and high are the 95% interval of
-    the mean, by Student's t with a degree of freedom less than pairs; None for a single pair. `names`: the
-    settings that the baseline is named with.
+    Each run is paired with base_of(run), which may be None. low and high are the 95% interval of the mean, by
+    Student's t with a degree of freedom less than pairs; None for a single pair. `names`: the settings that
+    the others are named with.
     """
-    pairs, lines = [(run, gd) for run in runs if (gd := baseline(run, against))], []
+    pairs, lines = [(run, base) for run in runs if (base := base_of(run))], []
     for measure in MEASURES:
-        values = [(run["measures"][measure], gd["measures"][measure]) for run, gd in pairs]
-        differences = [value - base for value, base in values if None not in (value, base)]
+        values = [(run["measures"][measure], base["measures"][measure]) for run, base in pairs]
+        differences = [a - b for a, b in values if None not in (a, b)]
         if differences:
             mean, error = mean_and_error(differences)
             line = {"against": row_name(pairs[0][1], names), "measure": measure, "seeds": len(differences)}
@@ -269,13 +271,14 @@ def report(folder: Path) -> None:
         title = dataset if kinds[dataset] == 1 else f"{dataset} ({features})"
         published = dict(zip(ROWS, PUBLISHED.get(dataset, ())))
         every_run = [run for runs in rows.values() for run in runs]
+        base_of = partial(baseline, among=every_run)
         for name in sorted({*rows, *ROWS}, key=lambda name: (METHODS.index(name.split()[0]), name)):
             runs = rows.get(name, [])
             row = {"dataset": title, "method": name, "seeds": len(runs)}
             row |= means(runs, (*MEASURES, "pooled FID"))
             row["curvature"], _ = mean_and_error([value for run in runs for value in run["curvature"]])
             table.append(row | {"paper: AFID / forgetting": published.get(name), "FID features": features})
-            differences += [{"dataset": title, "method": name} | line for line in paired(runs, every_run)]
+            differences += [{"dataset": title, "method": name} | line for line in paired(runs, base_of)]
         notes.append(setting_note(dataset, features, every_run))
         plot_samples(title, rows, folder / f"figure5-{re.sub(r'[^A-Za-z0-9]+', '-', title).strip('-')}.png")
     plot_afid(groups, folder / "figure4.png")
@@ -390,15 +393,29 @@ def mean_drift(runs: Sequence[dict]) -> str | None:
     return f"{np.sqrt(np.mean(squares)):.1e}" if squares else None
 
 
-def compare(folders: Sequence[Path], over: str, to: Path) -> None:
+def span_of_mu(runs: Sequence[dict]) -> dict[str, str | None]:
+    """The smallest and the largest c* and norm of mu of these runs' tasks: "2.6 to 14"; None without a mu."""
+    columns = {"c*": "c_star", "norm of mu": "mu_norm"}
+    fishers = [f for run in runs if r.METHODS[run["method"]].fisher is r.rank1_fisher for f in run["fisher"]]
+    if not fishers:
+        return dict.fromkeys(columns)
+    values = {column: sorted(fisher[name] for fisher in fishers) for column, name in columns.items()}
+    return {
+        column: " to ".join(f"{float(f'{v:.2g}'):g}" for v in (v[0], v[-1])) for column, v in values.items()
+    }
+
+
+def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path] = ()) -> None:
     """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
 
-    Writes TO.md and TO.json, and TO.png if some line has three points or more.
+    `against`: from these runs instead, which must be a single row. Writes TO.md and TO.json, and TO.png if some
+    line has three points or more.
     """
-    runs, setting = [read_run(folder) for folder in folders], "lam" if over == "curvature" else over
-    if len({run["fid_features"] for run in runs}) > 1:
+    runs, others = [read_run(folder) for folder in folders], [read_run(folder) for folder in against]
+    setting, every_run = "lam" if over == "curvature" else over, runs + others
+    if len({run["fid_features"] for run in every_run}) > 1:
         r.stop("FIDs on features of different networks cannot be compared: compare their runs apart")
-    names, features = distinguishing(runs, setting), {"FID features": runs[0]["fid_features"]}
+    names, features = distinguishing(every_run, setting), runs[0]["fid_features"]
     told = [name for name in (*names, setting) if name != "method"]  # what a baseline is named with
 
     def row_of(run: dict) -> tuple:
@@ -406,6 +423,10 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         name = name.removeprefix(run["method"]).strip() if over == "method" else name
         return name or "all", run["settings"].get(setting)
 
+    if len(group_rows(others, row_of)) > 1:
+        r.stop("--against takes the runs of one row, a seed each: name others apart")
+    same_seed = {other["seed"]: other for other in others}
+    base_of = (lambda run: same_seed.get(run["seed"])) if others else partial(baseline, among=runs)
     rows, table, differences = group_rows(runs, row_of), [], []
     lines = list(dict.fromkeys(line for line, _ in rows))
     for key in sorted(rows, key=lambda key: (lines.index(key[0]), 0 if type(key[1]) is str else key[1] or 0)):
@@ -413,26 +434,32 @@ def compare(folders: Sequence[Path], over: str, to: Path) -> None:
         if over == "curvature":
             curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
             row["curvature"] = curvature and float(f"{curvature:.3g}")
-        differences += [row | difference for difference in paired(rows[key], runs, told)]
-        row |= {"drift": mean_drift(rows[key]), "seeds": [run["seed"] for run in rows[key]]}
-        table.append(row | means(rows[key]) | features)
+        differences += [row | difference for difference in paired(rows[key], base_of, told)]
+        row |= span_of_mu(rows[key]) | {
+            "drift": mean_drift(rows[key]),
+            "seeds": [run["seed"] for run in rows[key]],
+        }
+        table.append(row | means(rows[key]))
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
-    parts = [markdown(shown), markdown(differences_table(differences)), *code_note(runs)]
+    notes = [f"- FID on features of {features}.", *code_note(every_run)]
+    parts = [markdown(shown), markdown(differences_table(differences)), *notes]
     text = "\n".join(part for part in parts if part.strip()).rstrip() + "\n"
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
-    r.write_json(Path(f"{to}.json"), {"over": over, "rows": table, "paired": differences})
+    r.write_json(
+        Path(f"{to}.json"), {"over": over, "features": features, "rows": table, "paired": differences}
+    )
     points = {(row["line"], row[over]) for row in differences or table if row[over] is not None}
     of_each_line = Counter(line for line, _ in points).values()
     several = max(of_each_line, default=0) > 2  # two points are read in the table
     if several:
-        plot_lines(table, differences, over, Path(f"{to}.png"))
+        plot_lines(table, differences, over, features, Path(f"{to}.png"))
     print(f"In {to}.md, {to}.json{f', {to}.png' if several else ''}")
 
 
-def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path) -> None:
-    """Draw over a setting how far runs lie from GD, or without any of GD the means; a panel a measure.
+def plot_lines(table: list[dict], differences: list[dict], over: str, features: str, path: Path) -> None:
+    """Draw over a setting how far runs lie from others, or without such the means; a panel a measure.
 
     A line a name; runs that do not have the setting are a horizontal line. Bars and bands are the 95% interval
     of a difference, of a mean one standard error.
@@ -446,16 +473,13 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
     numeric = not any(isinstance(value, str) for value in values)
     wide = values and numeric and min(values) > 0 and max(values) > 10 * min(values)
     sizes = [abs(mean) + (half or 0) for _, _, mean, half in points]
+    base = differences[0]["against"] if differences else ""
+    base = "GD" if base.startswith("gd") else base
     flattened = differences and max(sizes) > 20 * np.median(sizes)  # by a far point, on a linear axis
     figure, handles = Figure(figsize=(15, 4.2), layout="constrained"), {}
-    corners = [(4, 4, "left"), (4, -11, "left"), (-4, 4, "right"), (-4, -11, "right")]
     for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
-        for (name, color), marker, (right, up, side) in zip(colors.items(), cycle("os^Dv"), cycle(corners)):
+        for (name, color), marker in zip(colors.items(), cycle("os^Dv")):
             own = [point for point in points if (point[0]["line"], point[1]) == (name, measure)]
-            for row, _, mean, _ in own if over == "curvature" else ():
-                if row[over] is not None:  # lambda stands at a corner of its point, each line's at another
-                    place = {"xytext": (right, up), "textcoords": "offset points", "fontsize": "small"}
-                    axes.annotate(f"{row['lam']:g}", (row[over], mean), color=color, ha=side, **place)
             own = [(row[over], mean, half or 0) for row, _, mean, half in own]
             for _, mean, half in [point for point in own if point[0] is None]:
                 handles[name] = axes.axhline(mean, color=color, ls="--")
@@ -464,9 +488,9 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
             if own:
                 style = {"marker": marker, "ls": "-" if numeric else "", "color": color, "alpha": 0.8}
                 handles[name] = axes.errorbar(*zip(*own), capsize=3, **style)
-        added = "curvature that the penalty adds (at the points: lambda)"
+        added = "curvature that the penalty adds (lambda: see the legend)"
         setting = added if over == "curvature" else f"--{over.replace('_', '-')}"
-        label = f"{measure}:\ndifference from GD{' (log beyond 1)' if flattened else ''}"
+        label = f"{measure}:\ndifference from {base}{' (log beyond 1)' if flattened else ''}"
         axes.set(xlabel=setting, ylabel=label if differences else measure)
         if wide:
             axes.set_xscale("log")
@@ -481,13 +505,16 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, path: Path
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.12)
     figure.get_layout_engine().set(wspace=0.04)  # a panel's label would touch the next
-    what = "Difference from GD" if differences else "Mean"
+    what = f"Difference from {base}" if differences else "Mean"
     bars = ", seed by seed, 95% interval" if differences else ", standard error"
     bars = bars if any(half for *_, half in points) else ", one seed: no intervals"
-    figure.suptitle(f"{what}{bars} (features: {table[0]['FID features']})")
-    names = [f"{name} (sum over all axes)" if name.startswith("diag") else name for name in handles]
-    names = names if over == "curvature" else handles.keys()
-    figure.legend(handles.values(), names, loc="outside lower center", ncols=4)
+    figure.suptitle(f"{what}{bars} (features: {features})")
+    labels = dict(zip(handles, handles))
+    for name in handles if over == "curvature" else ():  # as many lambdas at the points would overprint
+        lams = sorted({row["lam"] for row, *_ in points if row["line"] == name and row["lam"] is not None})
+        labels[name] += " (sum over all axes)" if name.startswith("diag") else ""
+        labels[name] += f": lambda {', '.join(f'{lam:g}' for lam in lams)}" if lams else ""
+    figure.legend(handles.values(), labels.values(), loc="outside lower center", ncols=3)
     with r.whole(path) as file:
         figure.savefig(file, dpi=120)
 
@@ -509,13 +536,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     over = {"choices": (*PAPER, "curvature"), "help": "the setting, or curvature, to compare runs over"}
     parser.add_argument("--over", **over)
     parser.add_argument("--to", type=Path, help="a comparison goes to TO.md, TO.json and TO.png")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", default=(), help="runs to compare with, not with GD"
+    )
     parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
-    if (args.over is None) != (args.to is None) or (args.over and args.include):
+    if (
+        (args.over is None) != (args.to is None)
+        or (args.include and args.over)
+        or (args.against and not args.over)
+    ):
         r.stop("name folders that finished runs lie below; or runs, with --over SETTING and --to NAME")
     try:
         if args.over:
-            compare(args.runs, args.over, args.to)
+            compare(args.runs, args.over, args.to, args.against)
         else:
             for path in args.runs:
                 include(path) if args.include else report(path)
