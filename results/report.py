@@ -395,14 +395,12 @@ def mean_drift(runs: Sequence[dict]) -> str | None:
 
 def span_of_mu(runs: Sequence[dict]) -> dict[str, str | None]:
     """The smallest and the largest c* and norm of mu of these runs' tasks: "2.6 to 14"; None without a mu."""
-    columns = {"c*": "c_star", "norm of mu": "mu_norm"}
     fishers = [f for run in runs if r.METHODS[run["method"]].fisher is r.rank1_fisher for f in run["fisher"]]
-    if not fishers:
-        return dict.fromkeys(columns)
-    values = {column: sorted(fisher[name] for fisher in fishers) for column, name in columns.items()}
-    return {
-        column: " to ".join(f"{float(f'{v:.2g}'):g}" for v in (v[0], v[-1])) for column, v in values.items()
-    }
+    spans = {"c*": None, "norm of mu": None}
+    for column, name in zip(spans, ("c_star", "mu_norm")):
+        values = [float(f"{fisher[name]:.2g}") for fisher in fishers]
+        spans[column] = f"{min(values):g} to {max(values):g}" if values else None
+    return spans
 
 
 def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path] = ()) -> None:
