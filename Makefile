@@ -23,7 +23,7 @@ help:  ## this list
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
-demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: FID table and pictures in runs/
+demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: a table of FIDs, pictures in runs/
 	$(PY) rank1_ewc.py $(EXTRA)
 
 # Two at once, as each test is content with one core.
@@ -140,9 +140,14 @@ AVERAGED = $(call five,constant/digits,gd+ema=0.99 rank1+lam=10+ema=0.99)
 AVERAGED += $(call five,constant/studies,rank1+lam=100+ema=0.99 rank1+lam=1000+ema=0.99)
 lambda-ema: OVER = curvature
 lambda-ema: $(AVERAGED)  ## rank-1 EWC against GD over lambda at the constant rate, with an average of the weights
-average: OVER = ema
+average confirm-ema ten-seeds-ema: OVER = ema
+confirm-ema: $(call FRESH,constant/confirm,gd gd+ema=0.99)
+confirm-ema:  ## GD with an average of the weights against GD without, on five seeds that chose nothing
+ten-seeds-ema: $(call FRESH,constant/confirm,gd gd+ema=0.99) $(call five,constant/digits,gd gd+ema=0.99)
+ten-seeds-ema:  ## the same on those five seeds and the first five together
+average: $(call FRESH,falling/confirm,gd) $(call FRESH,constant/confirm,gd+ema=0.99)
 average: $(call five,falling/digits,gd) $(call five,constant/digits,gd+ema=0.99)
-average:  ## GD with the average at a constant rate, against GD at the falling one
+average:  ## GD with the average at a constant rate, against GD at the falling one, on all ten seeds
 PARTS = $(patsubst %,lam=%+fisher-timesteps=0$(comma)333,25 250)
 PARTS += $(patsubst %,lam=%+fisher-timesteps=333$(comma)667,300 3000)
 PARTS += $(patsubst %,lam=%+fisher-timesteps=667$(comma)1000,800 8000)
@@ -177,15 +182,15 @@ search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addpre
 search-fashion:  ## which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
 FASHION = $(call some,0 1 2,fashion/$(1),$(2))
 fashion-small: $(call FASHION,small,gd rank1+lam=1000)
-fashion-small:  ## rank-1 EWC (lambda 1000) against GD on FashionMNIST: an hour and a half of one core a run
+fashion-small:  ## rank-1 EWC (lambda 1000) against GD on FashionMNIST: an hour of one core a run
 	$(PY) -m results.report results/fashion/small
 average-fashion: OVER = ema
 average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
 average-fashion:  ## GD with the average at a constant rate on FashionMNIST, against GD at the falling one
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant nine-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda
-COMPARED += lambda-ema average timesteps directions against-mu against-mu-tenth confirm-rank4 ten-seeds-rank4
-COMPARED += rank4-falling binds search-fashion
+COMPARED += lambda-ema confirm-ema ten-seeds-ema average timesteps directions against-mu against-mu-tenth
+COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion
 $(COMPARED) average-fashion:
 	$(PY) -m results.report $(^D) --over $(OVER) $(if $|,--against $(dir $|)) --to results/$@
 
