@@ -1372,6 +1372,13 @@ def test_drift_is_told_along_unit_vectors_of_all_directions_of_a_task():
     assert report.mean_drift([run]) == "2.0e+00"
 
 
+def test_c_star_and_the_norm_of_mu_are_told_from_the_smallest_to_the_largest_where_there_is_a_mu():
+    fisher = [{"c_star": 128.0, "mu_norm": 2.0}, {"c_star": 14.04, "mu_norm": 0.5}]
+    spans = {"c*": "14 to 130", "norm of mu": "0.5 to 2"}
+    assert report.span_of_mu([{"method": "rank1", "fisher": fisher}]) == spans
+    assert report.span_of_mu([{"method": "rank4", "fisher": fisher}]) == dict.fromkeys(spans)
+
+
 def test_a_text_includes_the_tables_as_their_files_now_are(tmp_path):
     Path("table.md").write_text("| new |\n")
     text = "before\n<!-- include: table.md -->\n{}<!-- end -->\nafter\n"
