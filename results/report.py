@@ -269,7 +269,8 @@ def report(folder: Path) -> None:
     kinds = Counter(dataset for dataset, _ in groups)  # of features
     for (dataset, features), rows in groups.items():
         title = dataset if kinds[dataset] == 1 else f"{dataset} ({features})"
-        published = dict(zip(ROWS, PUBLISHED.get(dataset, ())))
+        inception = features.startswith("inception")  # else the paper's FIDs cannot stand beside ours
+        published = dict(zip(ROWS, PUBLISHED.get(dataset, ()))) if inception else {}
         every_run = [run for runs in rows.values() for run in runs]
         base_of = partial(baseline, among=every_run)
         for name in sorted({*rows, *ROWS}, key=lambda name: (METHODS.index(name.split()[0]), name)):
