@@ -269,11 +269,11 @@ def report(folder: Path) -> None:
     kinds = Counter(dataset for dataset, _ in groups)  # of features
     for (dataset, features), rows in groups.items():
         title = dataset if kinds[dataset] == 1 else f"{dataset} ({features})"
-        inception = features.startswith("inception")  # else the paper's FIDs cannot stand beside ours
-        published = dict(zip(ROWS, PUBLISHED.get(dataset, ()))) if inception else {}
+        comparable = features.startswith("inception")  # else the paper's FIDs cannot stand beside ours
+        published = dict(zip(ROWS, PUBLISHED.get(dataset, ()))) if comparable else {}
         every_run = [run for runs in rows.values() for run in runs]
         base_of = partial(baseline, among=every_run)
-        for name in sorted({*rows, *ROWS}, key=lambda name: (METHODS.index(name.split()[0]), name)):
+        for name in sorted({*rows, *published}, key=lambda name: (METHODS.index(name.split()[0]), name)):
             runs = rows.get(name, [])
             row = {"dataset": title, "method": name, "seeds": len(runs)}
             row |= means(runs, (*MEASURES, "pooled FID"))
