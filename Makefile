@@ -184,6 +184,7 @@ FASHION = $(call some,0 1 2,fashion/$(1),$(2))
 fashion-small: $(call FASHION,small,gd rank1+lam=1000)
 fashion-small:  ## rank-1 EWC (lambda 1000) against GD on FashionMNIST: an hour of one core a run
 	$(PY) -m results.report results/fashion/small
+	$(PY) -m results.report $(^D) --over lam --to results/$@
 average-fashion: OVER = ema
 average-fashion: $(call FASHION,small,gd) $(call FASHION,average,gd+lr=2e-3+lr-decay=none+ema=0.99)
 average-fashion:  ## GD with the average at a constant rate on FashionMNIST, against GD at the falling one
