@@ -434,10 +434,8 @@ def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path
             curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
             row["curvature"] = curvature and float(f"{curvature:.3g}")
         differences += [row | difference for difference in paired(rows[key], base_of, told)]
-        row |= span_of_mu(rows[key]) | {
-            "drift": mean_drift(rows[key]),
-            "seeds": [run["seed"] for run in rows[key]],
-        }
+        seeds = [run["seed"] for run in rows[key]]
+        row |= span_of_mu(rows[key]) | {"drift": mean_drift(rows[key]), "seeds": seeds}
         table.append(row | means(rows[key]))
     shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
     notes = [f"- FID on features of {features}.", *code_note(every_run)]
@@ -446,9 +444,8 @@ def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path
     print(text)
     with r.whole(Path(f"{to}.md")) as file:
         file.write(text.encode())
-    r.write_json(
-        Path(f"{to}.json"), {"over": over, "features": features, "rows": table, "paired": differences}
-    )
+    content = {"over": over, "features": features, "rows": table, "paired": differences}
+    r.write_json(Path(f"{to}.json"), content)
     points = {(row["line"], row[over]) for row in differences or table if row[over] is not None}
     of_each_line = Counter(line for line, _ in points).values()
     several = max(of_each_line, default=0) > 2  # two points are read in the table
@@ -508,7 +505,7 @@ def plot_lines(table: list[dict], differences: list[dict], over: str, features: 
     bars = ", seed by seed, 95% interval" if differences else ", standard error"
     bars = bars if any(half for *_, half in points) else ", one seed: no intervals"
     figure.suptitle(f"{what}{bars} (features: {features})")
-    labels = dict(zip(handles, handles))
+    labels = {name: name for name in handles}
     for name in handles if over == "curvature" else ():  # as many lambdas at the points would overprint
         lams = sorted({row["lam"] for row, *_ in points if row["line"] == name and row["lam"] is not None})
         labels[name] += " (sum over all axes)" if name.startswith("diag") else ""
@@ -536,15 +533,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--over", **over)
     parser.add_argument("--to", type=Path, help="a comparison goes to TO.md, TO.json and TO.png")
     parser.add_argument(
-        "--against", type=Path, nargs="+", default=(), help="runs to compare with, not with GD"
+        "--against", type=Path, nargs="+", default=(), help="the runs to compare with, not GD"
     )
     parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
     args = parser.parse_args(argv)
-    if (
-        (args.over is None) != (args.to is None)
-        or (args.include and args.over)
-        or (args.against and not args.over)
-    ):
+    if bool(args.over) != bool(args.to) or (args.include if args.over else args.against):
         r.stop("name folders that finished runs lie below; or runs, with --over SETTING and --to NAME")
     try:
         if args.over:
