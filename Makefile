@@ -100,7 +100,7 @@ search-lambda:  ## which lambda at a constant rate, rank-1 and diagonal, on seed
 SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
 SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
 search-falling: OVER = curvature
-search-falling: $(call some,100,falling/search,$(SEARCHED))  ## which lambda at the falling rate, in both forms, on seed 100
+search-falling: $(call some,100 101,falling/search,$(SEARCHED))  ## which lambda at the falling rate, in both forms, on seeds 100 and 101
 search-alone: OVER = lam
 ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
 search-alone: $(call some,100,falling/search,$(ALONE))  ## which lambda for EWC without GD, on seed 100
@@ -191,8 +191,8 @@ average-fashion:  ## GD with the average at a constant rate on FashionMNIST, aga
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant nine-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda
 COMPARED += lambda-ema confirm-ema ten-seeds-ema average timesteps directions against-mu against-mu-tenth
-COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion
-$(COMPARED) average-fashion:
+COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion average-fashion
+$(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) $(if $|,--against $(dir $|)) --to results/$@
 
 JOINT = joint+seed=0/model.pt
@@ -218,4 +218,4 @@ check-numbers:  ## the tables of the runs in results/ anew, and in the READMEs
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
 .PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers FORCE
-.PHONY: $(COMPARED) average-fashion
+.PHONY: $(COMPARED)
