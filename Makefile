@@ -91,12 +91,12 @@ constant:  ## rank-1 EWC against GD at a constant learning rate, with and withou
 falling constant:
 	$(PY) -m results.report results/$@/digits
 
-SEARCH = $(call some,100,constant/search,$(1))
+SEARCH = $(call some,100 101,constant/search,$(1))
 search-rate: OVER = lr
-search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant learning rate, on seed 100
+search-rate: $(call SEARCH,gd+lr=3e-4 gd+lr=6e-4 gd)  ## which constant learning rate, on seeds 100 and 101
 search-lambda: OVER = curvature
 search-lambda: $(call SEARCH,gd $(addprefix rank1+lam=,10 100 1000) $(addprefix diag+lam=,1 10 100 1000))
-search-lambda:  ## which lambda at a constant rate, rank-1 and diagonal, on seed 100
+search-lambda:  ## which lambda at a constant rate, rank-1 and diagonal, on seeds 100 and 101
 SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
 SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
 search-falling: OVER = curvature
