@@ -100,7 +100,8 @@ search-lambda:  ## which lambda at a constant rate, rank-1 and diagonal, on seed
 SEARCHED = gd $(addprefix rank1+lam=,1 10 100 1000 10000) $(addprefix diag+lam=,1 10 100)
 SEARCHED += $(addprefix rank1+form=proximal+lam=,10 1000 100000)
 search-falling: OVER = curvature
-search-falling: $(call some,100 101,falling/search,$(SEARCHED))  ## which lambda at the falling rate, in both forms, on seeds 100 and 101
+search-falling: $(call some,100 101,falling/search,$(SEARCHED))
+search-falling:  ## which lambda at the falling rate, in both forms, on seeds 100 and 101
 search-alone: OVER = lam
 ALONE = $(foreach lam,10 1000 10000 100000,rank1-only+lam=$(lam) diag-only+lam=$(lam))
 search-alone: $(call some,100,falling/search,$(ALONE))  ## which lambda for EWC without GD, on seed 100
