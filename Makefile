@@ -23,8 +23,8 @@ help:  ## this list
 	.venv/bin/pip install --quiet --requirement requirements.txt
 	touch $@
 
-demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: a table of FIDs, pictures in runs/
-	$(PY) rank1_ewc.py $(EXTRA)
+demo: .venv/installed  ## rank-1 EWC on 8x8 digits, a few minutes on a laptop: a table of FIDs, pictures in runs/demo
+	$(PY) rank1_ewc.py --epochs 90 --out runs/demo $(EXTRA)
 
 # Two at once, as each test is content with one core.
 PYTEST = $(PY) -m pytest -q -n 2 -W ignore::DeprecationWarning -W ignore::pytest.PytestUnknownMarkWarning test_rank1_ewc.py
@@ -48,7 +48,10 @@ lint: .venv/installed  ## ruff's checks and format
 # makes each: python rank1_ewc.py --dataset cifar10 --method gd --seed 0 --out runs/cifar10/gd+seed=0
 runs = $(foreach s,$(SEEDS),$(foreach flags,$(2),$(RUNS)/$(1)/$(flags)+seed=$(s)))
 
-one_run = $(PY) rank1_ewc.py --dataset $(1) $(REGIME) --method $(subst =, ,$(subst +, --,$(*F))) --out
+# (Older runs have --form and --fisher-timesteps in their names, which are methods of results/beyond.py now.)
+BEYOND = rank1-eig+% rank2+% rank4+% rank1-low+% rank1-middle+% rank1-high+% rank1-proximal+%
+program = $(if $(filter $(BEYOND),$(*F)),-m results.beyond,rank1_ewc.py)
+one_run = $(PY) $(program) --dataset $(1) $(REGIME) --method $(subst =, ,$(subst +, --,$(*F))) --out
 $(RUNS)/%: FORCE | .venv/installed
 	$(call one_run,$(*D)) $@ --data-dir $(DATA) $(EXTRA)
 FORCE:
@@ -126,7 +129,7 @@ lambda-falling: $(call five,falling/studies,rank1+form=proximal $(addprefix rank
 lambda-falling:  ## both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
 replay-steps: OVER = replay_steps
 replay-steps: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-steps=,2 5 10))
-replay-steps:  ## GD with a replay pool painted in fewer DDIM steps than 20
+replay-steps:  ## GD with a replay pool generated in fewer DDIM steps than 20
 replay-pool: OVER = replay_per_class
 replay-pool: $(call five,falling/digits,gd) $(call five,falling/studies,$(addprefix gd+replay-per-class=,10 50))
 replay-pool:  ## GD with a replay pool of fewer images than 200 a class

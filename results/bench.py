@@ -47,7 +47,7 @@ except ImportError:
     diffusers = None
 
 NETWORK = "diffusers" if diffusers else "plain PyTorch"
-SIZES = {  # settings of the script; on a GPU fewer images to paint than in a run
+SIZES = {  # settings of the script; on a GPU fewer images to generate than in a run
     "quick": "--fisher-samples 20 --batch-size 8 --replay-per-class 5 --sample-steps 4",
     "cpu": "--fisher-samples 200",
     "cuda": "--dataset mnist --fisher-samples 128 --replay-per-class 100 --sample-steps 10",
@@ -172,11 +172,10 @@ def bench_training(bench: Bench) -> None:
         student.load_state_dict(start)
         fused = (bench.gpu and student is bench.student) or None  # as in a run
         optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=fused)
-        state = r.State(student, optimizer, bench.teacher, task=1)
-        return state, r.epoch_batches(cfg, state, bench.task, replay, half)
+        return optimizer, r.epoch_batches(bench.task, replay, half, cfg.seed, 1, 0)
 
     def plain():
-        state, batches = begin(student)
+        optimizer, batches = begin(student)
         step_losses = []
         for x0, t, eps, y in batches:
             x_t = r.add_noise(x0, t, eps)
@@ -185,17 +184,18 @@ def bench_training(bench: Bench) -> None:
                 eps_teacher = teacher(x_t[half:], t[half:], y[half:])
             denoise = F.mse_loss(eps_student[:half], eps[:half])
             distill = F.mse_loss(eps_student[half:], eps_teacher)
-            state.optimizer.zero_grad()
+            optimizer.zero_grad()
             (denoise + distill).backward()
-            state.optimizer.step()
+            optimizer.step()
             step_losses.append([denoise.item(), distill.item(), 0.0])
         return torch.tensor(step_losses)
 
-    gradient_of = r.gradient_function(cfg, begin(bench.student)[0])
+    gradient_of = r.gradient_function(cfg)
 
     def ours():
-        state, batches = begin(bench.student)
-        return torch.stack([r.train_step(cfg, state, batch, gradient_of) for batch in batches]).cpu()
+        optimizer, batches = begin(bench.student)
+        networks = bench.student, bench.teacher, None, optimizer
+        return torch.stack([r.train_step(*networks, batch, gradient_of) for batch in batches]).cpu()
 
     name, same_to = f"{bench.steps} training steps ({NETWORK})", None if cfg.bf16 else 1e-3
     bench.step_seconds = bench.compare(name, plain, ours, (1.2, 3), same_to)["ours s"] / bench.steps
@@ -203,7 +203,7 @@ def bench_training(bench: Bench) -> None:
 
 def bench_penalty(bench: Bench) -> None:
     """The penalty after 19 tasks and its gradient: plain keeps every mu and theta* in float64."""
-    theta, penalty, tasks = r.flat(bench.student.parameters()).detach(), r.LowRankPenalty(1.0), []
+    theta, penalty, tasks = r.flat(bench.student.parameters()).detach(), r.Rank1Penalty(1.0), []
     generator, c_star = r.rng(bench.device, "penalty"), theta.new_tensor(1e-6)
     for _ in range(19):
         mu, step = torch.randn(2, len(theta), generator=generator, device=bench.device)
@@ -332,15 +332,15 @@ def run_of_tasks(tasks: int, method: str, epochs: int) -> dict:
     return row | {"memory MB": usage.ru_maxrss / 2**10, "seconds": result["seconds"]}
 
 
-def second_task_of_digits() -> tuple[r.Settings, r.State, tuple, Callable]:
+def second_task_of_digits() -> tuple:
     """Digits' network on a CPU at the start of GD's second task, and a batch: all that train_step takes."""
     cfg = r.parse_args(["--device", "cpu", "--method", "gd"])
     data, device = r.load_data("digits", cfg.data_dir), r.set_up(cfg)
     state, task = r.new_state(cfg, data, device), r.split_tasks(data, cfg.tasks)[1]
     state.task = 1
     r.begin_task(cfg, state)
-    batch = next(r.epoch_batches(cfg, state, task, (task.x, task.y), cfg.batch_size))
-    return cfg, state, batch, r.gradient_function(cfg, state)
+    batch = next(r.epoch_batches(task, (task.x, task.y), cfg.batch_size, cfg.seed, 1, 0))
+    return state.model, state.teacher, None, state.optimizer, batch, r.gradient_function(cfg)
 
 
 def milliseconds_by_threads() -> dict[str, float]:
@@ -367,27 +367,25 @@ def milliseconds_with(bench: Bench, tricks: str) -> float:
     cfg.bf16, cfg.cuda_graph = "bf16" in tricks, "recorded" in tricks
     student, teacher = (copy.deepcopy(network) for network in (bench.student, bench.teacher))
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused="fused" in tricks or None)
-    state = r.State(student, optimizer, teacher, task=1)
-    batch = next(r.epoch_batches(cfg, state, bench.task, replay, cfg.batch_size))
+    batch = next(r.epoch_batches(bench.task, replay, cfg.batch_size, cfg.seed, 1, 0))
     torch.use_deterministic_algorithms("repeatable" in tricks, warn_only=True)
-    step = partial(r.train_step, cfg, state, batch, r.gradient_function(cfg, state))
+    step = partial(r.train_step, student, teacher, None, optimizer, batch, r.gradient_function(cfg))
     return 1000 * float(np.median([bench.timed(step)[0] for _ in range(13)][3:]))
 
 
 def penalty_share_of_a_step(tasks: int) -> float:
     """What share of a training step of the digits' network rank-1's penalty takes in the last of many tasks."""
-    training_step = second_task_of_digits()
-    state = training_step[1]
-    theta, penalty = r.flat(state.model.parameters()).detach(), r.LowRankPenalty(1.0)
+    model, *rest = second_task_of_digits()
+    theta, penalty = r.flat(model.parameters()).detach(), r.Rank1Penalty(1.0)
     for k in range(tasks - 1):
         mu = torch.randn(theta.shape, generator=r.rng(theta.device, "mu", k))
         penalty.add((mu, theta.new_tensor(1e-6)), theta)
     seconds = []
     for _ in range(100):  # a step without the penalty, then the penalty and its gradient
         times = [time.perf_counter()]
-        r.train_step(*training_step)
+        r.train_step(model, *rest)
         times.append(time.perf_counter())
-        penalty(r.flat(state.model.parameters())).backward()
+        penalty(model).backward()
         seconds.append(np.diff([*times, time.perf_counter()]))
     step, extra = np.median(seconds, axis=0)
     return float(extra / (step + extra))
@@ -461,7 +459,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     given = parser.parse_args(argv)
     if given.growth:
         return growth(given.to or Path(__file__).with_name("growth"))
-    r.BAR["disable"], bench = True, Bench(given.quick)
+    r.QUIET, bench = True, Bench(given.quick)
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     name = torch.cuda.get_device_name() if bench.gpu else cpu
     content = {"device": name, "torch": torch.__version__, "dataset": bench.cfg.dataset, "script": r.SCRIPT}

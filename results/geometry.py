@@ -25,24 +25,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import rank1_ewc as r
+from results import beyond
 from results.report import markdown
 
 TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps that are looked at
 VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is looked at
+EVERY_STEP = (0, r.NUM_STEPS)
 PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}  # lambda_1 / trace of F
 
 
-def samples(data: r.Data, n: int, timesteps: tuple[int, int] = r.EVERY_STEP) -> Iterator[tuple]:
+def samples(data: r.Data, n: int, timesteps: tuple[int, int] = EVERY_STEP) -> Iterator[tuple]:
     """Draw n samples, in batches (x0, t, eps, y): the same images and noise whatever the timesteps."""
-    return r.fisher_batches(data.x, data.y, n, r.rng(data.x.device, "figure"), timesteps)
-
-
-def gradients_that_fit(model: nn.Module) -> int:
-    """Count the gradients that are kept at once: 1,024 of up to 390,000 weights, 10 of 37 million."""
-    return min(r.GRADIENTS, r.GRADIENT_FLOATS // sum(p.numel() for p in model.parameters()))
+    for x0, t, eps, y in r.fisher_batches(data.x, data.y, n, r.rng(data.x.device, "figure")):
+        yield x0, beyond.squeezed(t, *timesteps), eps, y
 
 
 def add_legend(axes: Axes, ncols: int = 5) -> None:
@@ -63,7 +60,7 @@ def figure_1(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     noise that expectation is the class's mean image, at low noise x_0 itself: the MSE lies between
     abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2], means over pixels, and vanishes with abar_t.
     """
-    abar, n, mse = r.alphas_cumprod(data.x.device), r.GRADIENTS, []
+    abar, n, mse = r.alphas_cumprod(data.x.device), beyond.GRADIENTS, []
     for time in TIMES:
         total = 0.0
         for x0, t, eps, y in samples(data, n, (time, time + 1)):
@@ -98,7 +95,7 @@ def geometry(
     Frobenius norm. cos_top: like the mean of |cos(g_i, mu)|, for F's top eigenvector in mu's place.
     """
     G = torch.cat(list(r.gradients(model, batches, loss)))
-    values, (top,) = r.eigenpairs(G, 1)
+    values, (top,) = beyond.eigenpairs(G, 1)
     mu, diagonal, lengths = G.mean(0), G.square().mean(0), G.norm(dim=1)  # (D,), (D,) and (N,)
     norm, trace, F_squared = float(mu.norm()), float(values.sum()), float(values.square().sum())
     mu_F_mu = float((G @ mu).square().mean())  # E[(mu^T g)^2]
@@ -139,7 +136,7 @@ def as_table(described: dict[str, dict]) -> str:
 
 def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[list[dict], Tensor, Tensor]:
     """Take geometry() at each of TIMES. -> its numbers, mu_t (times, D), |cos(g_i, mu_t)| (times, N)."""
-    n, steps = gradients_that_fit(model), tqdm(TIMES, desc="gradients", unit="timestep", **r.BAR)
+    n, steps = beyond.gradients_kept(model), r.progress(TIMES, "gradients", unit="timestep")
     numbers, mu, cos = zip(*[geometry(model, samples(data, n, (t, t + 1))) for t in steps])
     return list(numbers), torch.stack(mu), torch.stack(cos)
 
@@ -226,11 +223,11 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
     """Train a VAE with Adam. -> after each of VAE_STEPS its geometry() and the squared error of a batch."""
     torch.manual_seed(0)  # the global generator gives the initial weights
     vae, history = VAE(data.x[0].numel()).to(data.x.device), []
-    n, loss = gradients_that_fit(vae), partial(vae_loss, kl_weight=kl_weight)
+    n, loss = beyond.gradients_kept(vae), partial(vae_loss, kl_weight=kl_weight)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     steps = VAE_STEPS[-1] + 1
     batches = r.fisher_batches(data.x, data.y, steps * r.FISHER_BATCH, r.rng(data.x.device, "vae"))
-    for step, batch in enumerate(tqdm(batches, f"VAE, KL x {kl_weight:g}", steps, **r.BAR)):
+    for step, batch in enumerate(r.progress(batches, f"VAE, KL x {kl_weight:g}", total=steps)):
         if step in VAE_STEPS:
             mse = vae_loss(vae, *batch, kl_weight=0.0).mean().item()
             history.append(geometry(vae, samples(data, n), loss)[0] | {"mse": mse})
@@ -242,14 +239,14 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
 
 def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figure]:
     """Show the share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
-    n, numbers = gradients_that_fit(model), {"steps": VAE_STEPS}
+    n, numbers = beyond.gradients_kept(model), {"steps": VAE_STEPS}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for kl_weight in (1.0, 1e-3):
         name, history = f"VAE, KL x {kl_weight:g}", train_vae(data, kl_weight)
         axes.plot(VAE_STEPS, [at["top_share"] for at in history], "o-", ms=4, label=name)
         numbers[name] = history
-    for when, timesteps in {"all t": r.EVERY_STEP, "t = 100": (100, 101), "t = 700": (700, 701)}.items():
+    for when, timesteps in {"all t": EVERY_STEP, "t = 100": (100, 101), "t = 700": (700, 701)}.items():
         name, at = f"DDPM, {when}", geometry(model, samples(data, n, timesteps))[0]
         axes.axhline(at["top_share"], ls="--", color=f"C{len(numbers) - 1}", label=f"{name}, trained")
         numbers[name] = [at]
@@ -273,22 +270,22 @@ def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor)
     state = copy.deepcopy(state)
     state.task, state.epoch, state.step = 1, 0, 0
     r.begin_task(cfg, state)
-    theta_star = theta = average = r.flat(state.model.parameters()).detach()
+    theta_star = theta = average = r.flat(r.trainable(state.model)).detach()
     shape, num_old = tasks[1].x.shape[1:], int(tasks[1].y.min())
     replay = r.replay_pool(cfg, state.teacher, shape, num_old)
     watched = {"position": [], "average": [], "share": []}
     size = min(cfg.batch_size, len(tasks[1].y))
     steps = cfg.epochs * (len(tasks[1].y) // size)
     state.model.train()
-    gradient_of = r.gradient_function(cfg, state)
-    for epoch in tqdm(range(cfg.epochs), f"lambda {state.penalty.lam:g}", unit="epoch", **r.BAR):
-        state.epoch = epoch
-        for batch in r.epoch_batches(cfg, state, tasks[1], replay, size):
+    gradient_of = r.gradient_function(cfg)
+    networks = state.model, state.teacher, state.penalty, state.optimizer
+    for epoch in r.progress(range(cfg.epochs), f"lambda {state.penalty.lam:g}", unit="epoch"):
+        for batch in r.epoch_batches(tasks[1], replay, size, cfg.seed, state.task, epoch):
             if cfg.lr_decay == "linear":
                 state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
-            r.train_step(cfg, state, batch, gradient_of)
+            r.train_step(*networks, batch, gradient_of)
             state.step += 1
-            before, theta = theta, r.flat(state.model.parameters()).detach()
+            before, theta = theta, r.flat(r.trainable(state.model)).detach()
             average = torch.lerp(average, theta, 0.01)
             move = theta - before
             watched["position"].append(float(u @ (theta - theta_star)))
@@ -303,7 +300,8 @@ def learn_first_task(cfg: r.Settings, data: r.Data) -> tuple[r.State, list[r.Dat
     r.begin_task(cfg, state)
     with tempfile.TemporaryDirectory() as folder:  # for train_task's checkpoints
         cfg.out = Path(folder)
-        r.train_task(cfg, state, tasks[0], None)
+        steps = r.steps_of(cfg, tasks[0])[1]
+        r.train_task(cfg, state, tasks[0], None, r.progress(total=steps, unit="step"))
     return state, tasks
 
 
@@ -316,8 +314,8 @@ def figure_movement(_: None, data: r.Data, cfg: r.Settings) -> tuple[dict, Figur
     left, right = figure.subplots(1, 2)
     numbers = {"samples": cfg.fisher_samples, "weights": len(fisher[0])}
     for i, lam in enumerate((0.0, cfg.lam)):
-        state.penalty = r.LowRankPenalty(lam)
-        state.penalty.add(fisher, r.flat(state.model.parameters()).detach())
+        state.penalty = r.Rank1Penalty(lam)
+        state.penalty.add(fisher, state.model)
         watched = second_task(cfg, state, tasks, F.normalize(fisher[0], dim=0))
         half = len(watched["share"]) // 2
         numbers[f"lambda {lam:g}"] = {

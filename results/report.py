@@ -30,6 +30,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from scipy.stats import t as student_t
 
 import rank1_ewc as r
+from results import beyond
 
 ROWS = ("joint", "diag-only", "rank1-only", "gd", "diag", "rank1")  # of the paper's Table 1
 PUBLISHED = {  # AFID / forgetting there, row by row; *: from the authors' result files
@@ -51,7 +52,8 @@ CURVES = {  # the paper's Figure 4: AFID after tasks 1 to 5, and its standard er
 }
 MEASURES = ("AFID", "forgetting", "FID of a task just learned")
 OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps"}  # gd has none
-METHODS, DATASETS = list(r.METHODS), list(r.DATASETS)
+ALL_METHODS = r.METHODS | beyond.METHODS
+METHODS, DATASETS = list(ALL_METHODS), list(r.DATASETS)
 COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan", "crimson"]
 LEGEND = """Mean ± standard error over the seeds; curvature: what the penalty adds, mean lambda c* ||mu||^2 (of
 the diagonal lambda times its trace); *: the authors' files."""
@@ -72,6 +74,7 @@ def plain(value):
 
 
 PAPER = r.settings_of(r.Settings(**{name: plain(row[0]) for name, row in r.SETTINGS.items()}))
+PAPER |= {name: plain(value) for name, value in r.RETIRED.items()}  # older runs name these
 PAPER |= {"bf16": "False", "replay_steps": PAPER["sample_steps"]}  # where result.json does not say
 
 
@@ -88,7 +91,7 @@ def read_run(folder: Path) -> dict:
         r.stop(f"{folder} holds no finished run (result.json): train it first, or leave it out")
     run = r.read_result(path)
     try:
-        method, tasks, fid = r.METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
+        method, tasks, fid = ALL_METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
         learned = None if method.joint else float(np.diag(fid).mean())
         measures = dict(zip(MEASURES, (run["afid"][-1], run["forgetting"], learned)))
         measures["pooled FID"] = run.get("fid_pooled")
@@ -396,7 +399,10 @@ def mean_drift(runs: Sequence[dict]) -> str | None:
 
 def span_of_mu(runs: Sequence[dict]) -> dict[str, str | None]:
     """The smallest and the largest c* and norm of mu of these runs' tasks: "2.6 to 14"; None without a mu."""
-    fishers = [f for run in runs if r.METHODS[run["method"]].fisher is r.rank1_fisher for f in run["fisher"]]
+    of_mu = [
+        run for run in runs if ALL_METHODS[run["method"]].penalty in (r.Rank1Penalty, beyond.ProximalPenalty)
+    ]
+    fishers = [fisher for run in of_mu for fisher in run["fisher"]]
     spans = {"c*": None, "norm of mu": None}
     for column, name in zip(spans, ("c_star", "mu_norm")):
         values = [float(f"{fisher[name]:.2g}") for fisher in fishers]

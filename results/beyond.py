@@ -1,0 +1,129 @@
+"""Beyond the paper, and an example of how to extend rank1_ewc.py without editing it: rows added to METHODS.
+
+    python -m results.beyond --method rank4 --lam 25      # all other flags are those of rank1_ewc.py
+
+rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
+rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the high timesteps alone.
+rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rank1_ewc as r
+
+GRADIENTS = 1024  # so many gradients of single samples are kept at once
+GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
+
+# ---- F's top eigenvectors: F ~ sum_j lambda_j v_j v_j^T, the best approximation of its rank.
+
+
+def gradients_kept(model: nn.Module) -> int:
+    """How many gradients are kept at once: 1,024 of up to 390,000 weights, 10 of 37 million."""
+    return min(GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in r.trainable(model)))
+
+
+def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """F = G^T G / N's eigenvalues (N,), falling, and first k eigenvectors (k, D), of gradients G (N, D)."""
+    # From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
+    values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
+    values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
+    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G  # v_j = G^T u_j / sqrt(N lambda_j)
+
+
+def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False, k=1) -> tuple:
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as are kept.
+
+    Every process computes all of it, shared or not. ValueError: fewer than k gradients.
+    """
+    n = min(n, gradients_kept(model))
+    if n < k:
+        raise ValueError(f"rank {k} needs at least {k} gradients, not {n}")
+    with r.examined(model, x, y, n, loss) as network:
+        G = torch.cat(list(r.gradients(network, r.fisher_batches(x, y, n, generator), loss)))
+    values, vectors = eigenpairs(G, k)
+    return vectors, values[:k].to(vectors)
+
+
+class RankKPenalty(r.Rank1Penalty):
+    """(lam/2) sum_k sum_j lambda_kj (v_kj^T (theta - theta*_k))^2: a rank-1 penalty for each eigenvector."""
+
+    def add(self, fisher: tuple[Tensor, Tensor], weights: nn.Module | Tensor) -> dict[str, float]:
+        """The numbers are those of the top eigenpair: its energy is lambda_1."""
+        pairs = iter(zip(*fisher))
+        numbers = super().add(next(pairs), weights)
+        for pair in pairs:
+            super().add(pair, weights)
+        return numbers
+
+
+# ---- The Fisher of a part of the timesteps: the same images and noise, with another loss.
+
+
+def squeezed(t: Tensor, first: int, end: int) -> Tensor:
+    """Timesteps 0..999 squeezed into first..end-1."""
+    return first + t * (end - first) // r.NUM_STEPS
+
+
+def loss_in(first: int, end: int) -> Callable:
+    """per_sample_loss at timesteps from `first` to before `end`."""
+    return lambda model, x0, t, eps, y: r.per_sample_loss(model, x0, squeezed(t, first, end), eps, y)
+
+
+# ---- The proximal step: decoupled from Adam, as AdamW's weight decay is (arXiv 1711.05101).
+
+
+class ProximalPenalty(r.Rank1Penalty):
+    """Rank-1 EWC that leaves the gradient alone: in the loss a stiff penalty would enter Adam's second moment,
+    and so shrink the steps of the task.
+    """
+
+    def __call__(self, weights: nn.Module | Tensor) -> Tensor:
+        return super().__call__(weights).detach()
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / (2 lr)."""
+        if self.origin is None:
+            return
+        theta, stiffness = (
+            r.flat(r.trainable(model)),
+            lr * self.lam * self.c_star.cpu().double(),
+        )  # (D,), (k,)
+        system = torch.eye(len(stiffness)) + (self.mu @ self.mu.T).cpu().double() * stiffness
+        drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
+        z = theta - (stiffness * drift).to(theta) @ self.mu
+        for p, values in zip(r.trainable(model), r.shaped(z, r.trainable(model))):
+            p.copy_(values)  # in place: a recorded step reads the weights where they lie
+
+
+distilled = partial(r.Method, replay=True, distill=True)
+METHODS = {
+    "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
+    "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
+    "rank4": distilled(fisher=partial(rank_k_fisher, k=4), penalty=RankKPenalty),
+    "rank1-low": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty),
+    "rank1-middle": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(333, 667)), penalty=r.Rank1Penalty),
+    "rank1-high": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(667, 1000)), penalty=r.Rank1Penalty),
+    "rank1-proximal": distilled(fisher=r.rank1_fisher, penalty=ProximalPenalty),
+}
+
+
+def program() -> None:
+    """rank1_ewc.py with these rows in its METHODS."""
+    r.METHODS.update(METHODS)
+    r.SCRIPT = hashlib.sha256(r.SCRIPT.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+    cfg = r.parse_args()
+    directions = getattr(r.METHODS[cfg.method].fisher, "keywords", {}).get("k", 0)
+    if cfg.fisher_samples < directions:
+        r.stop(f"--fisher-samples must be at least {directions} with --method {cfg.method}")
+    r.program()
+
+
+if __name__ == "__main__":
+    program()
