@@ -500,41 +500,32 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 # ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it
 # in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
 
-HEAD_CHANNELS = 8
+HEAD_CHANNELS, PAPER_CHANNELS = 8, (128, 256, 256, 256)
 
 
-class GroupNorm(nn.GroupNorm):
-    """A group norm in its input's precision: on a GPU autocast would go to float32 and back."""
-
+class GroupNorm(nn.GroupNorm):  # in its input's precision: on a GPU autocast would go to float32 and back
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class Resnet(nn.Module):
-    """Residual block, the time and class embedding added in its middle; `resample` acts on both its paths."""
-
+class Resnet(nn.Module):  # time and class come in at its middle; `resample` acts on both its paths
     def __init__(self, c_in, c_out, temb_channels, groups, dropout, resample=None):
         super().__init__()
         self.resample = resample or nn.Identity()
-        self.norm1 = GroupNorm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, c_out)
-        self.norm2 = GroupNorm(groups, c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2, self.dropout = GroupNorm(groups, c_out), nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.conv_shortcut(self.resample(x)) + h
+        return self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
-class Attention(nn.Module):
-    """Self-attention between all pixels, in heads of HEAD_CHANNELS channels."""
-
+class Attention(nn.Module):  # between all pixels, in heads of HEAD_CHANNELS channels
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = GroupNorm(groups, channels)
@@ -542,106 +533,83 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        qkv = (self.to_q(h), self.to_k(h), self.to_v(h))
-        q, k, v = (v.unflatten(2, (-1, HEAD_CHANNELS)).transpose(1, 2) for v in qkv)  # (B, heads, HW, 8)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h, heads = self.group_norm(x).flatten(2).transpose(1, 2), (-1, HEAD_CHANNELS)  # (B, HW, C)
+        q, k, v = (to(h).unflatten(2, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)  # each (B, heads, HW, 8)
         return x + self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view_as(x)
-
-
-class Resample(nn.Module):
-    """A 3x3 convolution that halves the resolution (stride 2), or follows a doubling of it."""
-
-    def __init__(self, channels: int, up: bool):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2) if self.up else x)
 
 
 class UNet(nn.Module):
     """Class-conditional denoiser, forward(x_t, t, y) -> eps. At its defaults the paper's network.
 
     x_t, eps: (B, in_channels, H, W), H, W multiples of 2^(levels - 1); t: (B,) int in 0..999; y: (B,) int in
-    0..num_classes-1. Attention is in the middle and at the third level (8x8 of 32x32). 37,191,681 parameters
-    for 1 channel and 10 classes. Raises ValueError if `channels` do not fit.
+    0..num_classes-1. 37,191,681 parameters for 1 channel and 10 classes. ValueError: `channels` do not fit.
     """
 
-    def __init__(
-        self, in_channels, num_classes, channels=(128, 256, 256, 256), layers_per_block=2, dropout=0.0
-    ):
+    def __init__(self, in_channels, num_classes, channels=PAPER_CHANNELS, layers_per_block=2, dropout=0.0):
         super().__init__()
-        temb_channels = 4 * channels[0]
-        groups = max(8, channels[0] // 4)  # 32 of the paper's 128 channels, 8 of its small network's 16
+        first, below, temb_channels = channels[0], channels[-1], 4 * channels[0]
+        groups = max(8, first // 4)  # 32 of the paper's 128 channels, 8 of its small network's 16
         multiple = math.lcm(groups, HEAD_CHANNELS)
         if any(c % multiple for c in channels):
             raise ValueError(f"channels {channels} must be multiples of {multiple}, for norms and attention")
         resnet = partial(Resnet, temb_channels=temb_channels, groups=groups, dropout=dropout)
 
-        def stage(level, c, inputs):  # a level's residual blocks, and attention (or nothing) after each
+        def stage(level, c, inputs):  # with attention after each block at the third level (8x8 of 32x32)
             resnets = nn.ModuleList([resnet(c_in, c) for c_in in inputs])
             attentions = [Attention(c, groups) if level == 2 else nn.Identity() for _ in inputs]
             return nn.ModuleDict({"resnets": resnets, "attentions": nn.ModuleList(attentions)})
 
-        def resample(level, c, up):  # at the level with attention it is a residual block
-            change = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
-            return resnet(c, c, resample=change) if level == 2 else Resample(c, up)
+        def resample(level, c, up):  # a 3x3 convolution; at the level with attention a residual block
+            twice = nn.Upsample(scale_factor=2) if up else nn.Identity()
+            if level == 2:
+                return resnet(c, c, resample=twice if up else nn.AvgPool2d(2))
+            conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1)
+            return nn.Sequential(OrderedDict(twice=twice, conv=conv))
 
-        self.num_frequencies = channels[0] // 2
-        linear_1, linear_2 = nn.Linear(channels[0], temb_channels), nn.Linear(temb_channels, temb_channels)
-        self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
+        embed = nn.Linear(first, temb_channels), nn.SiLU(), nn.Linear(temb_channels, temb_channels)
+        self.time_embedding = nn.Sequential(OrderedDict(zip(("linear_1", "act", "linear_2"), embed)))
         self.class_embedding = nn.Embedding(num_classes, temb_channels)
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skips = [channels[0]]
+        skips = [first]
         for level, c in enumerate(channels):
-            inputs = [skips[-1]] + [c] * (layers_per_block - 1)
-            self.down_blocks.append(stage(level, c, inputs))
+            self.down_blocks.append(stage(level, c, [skips[-1]] + [c] * (layers_per_block - 1)))
             down = [resample(level, c, up=False)] if level + 1 < len(channels) else []
             self.down_blocks[-1]["downsamplers"] = nn.ModuleList(down)
             skips += [c] * (layers_per_block + len(down))
-        below = channels[-1]
         self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList([resnet(below, below) for _ in range(2)])})
         self.mid_block["attentions"] = nn.ModuleList([Attention(below, groups)])
-        for level, c in reversed(list(enumerate(channels))):
+        for level, c in reversed([*enumerate(channels)]):
             inputs = [c_in + skips.pop() for c_in in [below] + [c] * layers_per_block]
             self.up_blocks.append(stage(level, c, inputs))
             up = [resample(level, c, up=True)] if level > 0 else []
-            self.up_blocks[-1]["upsamplers"] = nn.ModuleList(up)
-            below = c
-        self.conv_norm_out = GroupNorm(groups, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+            self.up_blocks[-1]["upsamplers"], below = nn.ModuleList(up), c
+        self.conv_norm_out = GroupNorm(groups, first)
+        self.conv_out = nn.Conv2d(first, in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        k = torch.arange(self.num_frequencies, device=x.device)
-        angle = t[:, None] * torch.exp(-math.log(10000) * k / self.num_frequencies)
-        temb = self.time_embedding["linear_1"](torch.cat([angle.cos(), angle.sin()], 1))
-        temb = self.time_embedding["linear_2"](F.silu(temb)) + self.class_embedding(y)  # (B, 4 channels[0])
-        x = self.conv_in(x)
-        skips = [x]
+        half = self.conv_in.out_channels // 2  # the number of frequencies
+        angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
+        temb = self.time_embedding(torch.cat([angle.cos(), angle.sin()], 1)) + self.class_embedding(y)
+        skips = [self.conv_in(x)]
         for level in self.down_blocks:
             for resnet, attention in zip(level["resnets"], level["attentions"]):
-                x = attention(resnet(x, temb))
-                skips.append(x)
+                skips.append(attention(resnet(skips[-1], temb)))
             for down in level["downsamplers"]:
-                x = down(x, temb)
-                skips.append(x)
-        first, second = self.mid_block["resnets"]
-        x = second(self.mid_block["attentions"][0](first(x, temb)), temb)
+                skips.append(down(skips[-1], temb) if isinstance(down, Resnet) else down(skips[-1]))
+        (first, second), (attention,) = self.mid_block["resnets"], self.mid_block["attentions"]
+        x = second(attention(first(skips[-1], temb)), temb)
         for level in self.up_blocks:
             for resnet, attention in zip(level["resnets"], level["attentions"]):
                 x = attention(resnet(torch.cat([x, skips.pop()], 1), temb))
             for up in level["upsamplers"]:
-                x = up(x, temb)
+                x = up(x, temb) if isinstance(up, Resnet) else up(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 # ---- Data. Held as uint8, class after class; a task's training images lie on the device while it is learned,
 # and are turned to [-1, 1] a batch at a time.
-
-
 class Data(NamedTuple):
     """Images (N, C, H, W) uint8 in 0..255 and labels (N,) int64, to train and to test; load_data sorts."""
 
@@ -655,7 +623,7 @@ class Data(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats that are there already stay. ValueError: anything else."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats that are there stay. ValueError: anything else."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = float(images.min()), float(images.max())
@@ -666,19 +634,16 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """float in [-1, 1] -> uint8 in 0..255, rounded, clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def load_digits(_: Path) -> Data:
     """scikit-learn's 1,797 digits, 1x8x8: 800 for testing, drawn class by class with a seed that is fixed."""
-    import sklearn.datasets
-    import sklearn.model_selection
+    from sklearn import datasets, model_selection
 
-    digits = sklearn.datasets.load_digits()
-    x = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None]  # (1797, 1, 8, 8)
-    split = {"test_size": 800, "stratify": digits.target, "random_state": 0}
-    x, test_x, y, test_y = sklearn.model_selection.train_test_split(x, digits.target, **split)
+    digits = datasets.load_digits()
+    x, y = (digits.images * (255 / 16)).round().astype(np.uint8)[:, None], digits.target  # (1797, 1, 8, 8)
+    x, test_x, y, test_y = model_selection.train_test_split(x, y, test_size=800, stratify=y, random_state=0)
     return Data(*map(torch.from_numpy, (x, y, test_x, test_y)))
 
 
@@ -703,8 +668,7 @@ def load_imagenet32(data_dir: Path) -> Data:
         except DAMAGED as error:
             raise ValueError(f"{name}: {error}") from error
         parts.append((torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y) - 1))  # labels from 1 on
-    x, y = map(torch.cat, zip(*parts[:-1]))
-    return Data(x, y, *parts[-1])
+    return Data(*map(torch.cat, zip(*parts[:-1])), *parts[-1])
 
 
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
@@ -726,16 +690,16 @@ def load_data(name: str, data_dir: Path) -> Data:
     except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         stop(f"{name} is missing or damaged ({reason}): get {data_dir / files}, or name another --data-dir")
-    if {data.x.dtype, data.test_x.dtype} != {torch.uint8} or data.x.ndim != 4:
-        found = f"{data.x.dtype} {tuple(data.x.shape)} and {data.test_x.dtype} {tuple(data.test_x.shape)}"
-        stop(f"the images of {name} must be uint8 in 0..255, (N, C, H, W), not {found}")
-    every_class = torch.arange(int(data.y.max()) + 1)
-    for y in (data.y, data.test_y):
+    sorted_by_class = []
+    for x, y in (data[:2], data[2:]):
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            stop(f"images of {name} must be uint8 in 0..255, (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
         classes, counts = y.unique(return_counts=True)
-        if not classes.equal(every_class) or counts.min() < 2:
+        if not classes.equal(torch.arange(int(data.y.max()) + 1)) or counts.min() < 2:
             stop(f"{name} in {data_dir} lacks training or test images of some class: put the whole set there")
-    train, test = data.y.argsort(stable=True), data.test_y.argsort(stable=True)
-    return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
+        order = y.argsort(stable=True)
+        sorted_by_class += [x[order], y[order]]
+    return Data(*sorted_by_class)
 
 
 def limit_classes(data: Data, n: int) -> Data:
@@ -755,8 +719,6 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
 
 # ---- Metric: FID of a task's test images against as many samples with the same labels (arXiv 1706.08500), on
 # Inception features or, with no download, on a small classifier's. features(images uint8) -> (N, d) float.
-
-
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), both N >= 2."""
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -771,7 +733,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.no_grad()
 def in_parts(network: Callable, images: Tensor, device: torch.device) -> np.ndarray:
-    """network(images) as an array, 200 images at once on the device."""
     return torch.cat([network(part.to(device)).float().cpu() for part in images.split(200)]).numpy()
 
 
@@ -794,8 +755,8 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
     model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
     digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(folder, "rank1_ewc", f"classifier-{name}-{digest}.pt")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest}.pt")
     if not path.exists():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = rng(torch.device("cpu"), "classifier")
@@ -817,11 +778,9 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
 
 def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callable) -> list[float]:
     """What a perfect model would score: training images, drawn at random, in the place of samples."""
-    generator, fids = rng(torch.device("cpu"), cfg.seed, "real"), []
-    for task, test_features in zip(tasks, real):
-        chosen = torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]
-        fids.append(frechet_distance(test_features, features(task.x[chosen])))
-    return fids
+    generator = rng(torch.device("cpu"), cfg.seed, "real")
+    chosen = [task.x[torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]] for task in tasks]
+    return [frechet_distance(test, features(images)) for test, images in zip(real, chosen)]
 
 
 # ============================================================================================================
@@ -831,17 +790,22 @@ def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callabl
 # ---- Settings: a row each. A dataset's row holds only what differs from the paper's main experiments.
 
 Settings = argparse.Namespace
+DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
+DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
+DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 would be mostly noise
+SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "sample_steps": 10, "channels": [16, 32, 32, 32]}
+IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
+DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
 
 
 def numbers(text: str) -> list[int]:
-    """An argparse type: "32,64" -> [32, 64]."""
     return [int(part) for part in text.split(",")]
 
 
 COUNT = (1, 10**7)
 SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices if any, help)
-    "dataset": ("digits", str, None, "what is learned: a row of DATASETS"),
-    "method": ("rank1", str, None, "how old classes are kept: a row of METHODS"),
+    "dataset": ("digits", str, DATASETS, "what is learned: a row of DATASETS"),
+    "method": ("rank1", str, METHODS, "how old classes are kept: a row of METHODS"),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
     "tasks": (5, int, COUNT, "number of tasks: the classes are split among them equally, in label order"),
     "epochs": (200, int, COUNT, "epochs per task"),
@@ -854,15 +818,10 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps per image"),
     "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps per replayed image (default: sample-steps)"),
     "ema": (0.0, float, (0, 0.99999), "decay of the average of its weights that a task ends with; 0: none"),
-    "channels": ([128, 256, 256, 256], numbers, (1, 4096), "channels of the UNet at each level"),
+    "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level"),
     "layers_per_block": (2, int, (1, 100), "residual blocks per level"),
     "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, see README"),
-    "limit": (
-        None,
-        int,
-        (2, 10**7),
-        "for a quick look: at most so many images per class, and less of all else",
-    ),
+    "limit": (None, int, (2, 10**7), "a quick look: at most so many images per class, and less of all else"),
     "small": (False, bool, None, "a small network and one epoch per task, for 32x32 images on a CPU"),
     "fid": ("inception", str, ("inception", "classifier"), "features that the FID is computed on"),
     "accumulate": (1, int, COUNT, "parts that a batch is computed in: more of them need less memory"),
@@ -873,16 +832,9 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "out": (None, Path, None, "folder for the results (default: one in runs/, with --small in runs-small/)"),
     "fresh": (False, bool, None, "start over and delete the run in --out"),
 }
-DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
-DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
-DIGITS |= {"fisher_samples": 4000}  # 20 of each training image: mu from 200 would be mostly noise
-SMALL = DIGITS | {"epochs": 1, "batch_size": 16, "sample_steps": 10, "channels": [16, 32, 32, 32]}
-IMAGENET = {"tasks": 20, "epochs": 100, "replay_per_class": 1300}
-DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagenet32": IMAGENET}
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
 MAY_CHANGE = ("accumulate", "cuda_graph", "data_dir", "out", "fresh", "small", "fid_features")
 RETIRED = {"form": "loss", "fisher_timesteps": [0, NUM_STEPS]}  # of older runs: what they do here still
-
 SAMPLE_BATCH = {"cpu": 200, "mps": 200, "cuda": 1000}  # generated together; on a CPU 100 and 800 are slower
 FISHER_BATCH = 128  # samples of a Fisher computed together
 DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
@@ -892,7 +844,6 @@ SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # says wh
 
 
 def stop(message: str) -> NoReturn:
-    """End the program with one line on stderr and exit status 2."""
     print(f"rank1_ewc: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -918,23 +869,19 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-# ---- theta: the trainable weights as one vector, in the order of model.parameters().
-
-
+# ---- theta: the weights that are not frozen, as one vector, in the order of model.parameters().
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself: a forward pass of DistributedDataParallel would wait for the other processes."""
     return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
 
 
 def named_weights(weights: nn.Module | Tensor) -> dict[str, Tensor]:
-    """A model's trainable weights by name, or the vector of all of them as it is."""
-    if torch.is_tensor(weights):
+    if torch.is_tensor(weights):  # all of them as a vector already
         return {"theta": weights}
     return {name: p for name, p in unwrapped(weights).named_parameters() if p.requires_grad}
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
-    """The weights that theta is made of: those that are not frozen."""
     return [*named_weights(model).values()]
 
 
@@ -974,8 +921,6 @@ def copies(penalty: Penalty, fisher: Tensor, weights: nn.Module | Tensor) -> tup
 
 
 # ---- What a Fisher refuses: where it would be wrong.
-
-
 @contextmanager
 def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> Iterator[nn.Module]:
     """The network in eval mode, if a Fisher can be taken; afterwards its modules are as they were before."""
@@ -986,9 +931,9 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         raise ValueError("the Fisher is of the trainable weights: all are frozen (model.requires_grad_())")
     if loss is per_sample_loss and x.dtype != torch.uint8:
         to_float(x)
-    kinds = dict, list, OrderedDict  # of attributes, buffers, hooks: a forward pass may change them
-    tables = (v for m in network.modules() for v in (vars(m), *vars(m).values()) if type(v) in kinds)
-    held = [(v, copy.copy(v)) for v in tables]
+    # Attributes, buffers, hooks: a forward pass may change them. (A subclass of these may refuse to be refilled.)
+    values = (v for m in network.modules() for v in (vars(m), *vars(m).values()))
+    held = [(v, copy.copy(v)) for v in values if type(v) in (dict, list, OrderedDict)]
     try:
         yield network.eval()
     except torch.OutOfMemoryError:
@@ -1002,7 +947,6 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
 
 
 def loss_of_each(predict: Callable, batch: tuple, loss: Callable) -> Tensor:
-    """loss(predict, x0, t, eps, y) -> (B,). ValueError: it is not a number for each sample."""
     value = loss(predict, *batch)
     if value.shape != (len(batch[0]),):
         raise ValueError(f"the loss must be a number for each sample, (B,), not {tuple(value.shape)}")
@@ -1010,19 +954,14 @@ def loss_of_each(predict: Callable, batch: tuple, loss: Callable) -> Tensor:
 
 
 def compare_with_single_samples(model, batch, loss: Callable, found: Tensor, along: Tensor | None = None):
-    """ValueError unless the first gradients found (B, D), or their products with `along` (B,), are right.
-
-    Right is what an ordinary backward pass gives for a sample that is alone in its batch.
-    """
-    for i in range(min(3, len(found))):
+    """ValueError unless the first gradients found (B, D), or their products with `along` (B,), are right."""
+    for i in range(min(5, len(found))):  # right is what a sample's backward pass gives, alone in its batch
         value = loss_of_each(model, [v[i : i + 1] for v in batch], loss)
         g = flat(torch.autograd.grad(value.sum(), trainable(model), materialize_grads=True))
         exact, size = (g, g.norm()) if along is None else (g @ along, g.norm() * along.norm())
-        if (found[i] - exact).norm() > (0.01 + 10 * torch.finfo(g.dtype).eps) * size:
-            why = (
-                "mixes samples (a batch norm without running statistics?), draws at random, or has a backward"
-            )
-            raise ValueError(f"the gradient of a sample alone is another one: the model {why} of its own")
+        if (found[i] - exact).norm() > (0.002 + 10 * torch.finfo(g.dtype).eps) * size:
+            why = "the model mixes samples (a batch norm without running statistics?), draws at random"
+            raise ValueError(f"a sample's gradient alone is another one: {why}, or has a backward of its own")
 
 
 def refuse_infinite(sums: Tensor, of_samples: Tensor, batch: tuple) -> None:
@@ -1046,8 +985,6 @@ def gradients_that_fit(model: nn.Module) -> int:
 
 
 # ---- Processes: torchrun starts several, on one machine or more, and each takes its share of a run's work.
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0  # the number of this process
 
@@ -1072,9 +1009,8 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
     """DDIM images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M], of noise (M, C, H, W)."""
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
     size = math.ceil(min(SAMPLE_BATCH[cfg.device] / cfg.accumulate, len(y) / world()))
-    parts = torch.arange(len(y), device=y.device).split(size)
     model.eval()
-    for i in my_share(progress(parts, name, leave=False)):
+    for i in my_share(progress(torch.arange(len(y), device=y.device).split(size), name, leave=False)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], steps or cfg.sample_steps))
     return all_sum(images)  # the other processes' images were 0 here
@@ -1110,15 +1046,12 @@ class Recorded:
 
     def __call__(self, model, teacher, penalty, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         if not self.graph:
-            self.rows, self.graph, side = (
-                [v.clone() for v in rows],
-                torch.cuda.CUDAGraph(),
-                torch.cuda.Stream(),
-            )
-            side.wait_stream(torch.cuda.current_stream())
+            self.rows, self.graph = [v.clone() for v in rows], torch.cuda.CUDAGraph()
+            now, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(now)
             with torch.random.fork_rng([torch.cuda.current_device()]), torch.cuda.stream(side):
                 self.function(model, teacher, penalty, self.rows)  # a first call sets up what is not recorded
-            torch.cuda.current_stream().wait_stream(side)
+            now.wait_stream(side)
             with torch.cuda.graph(self.graph):
                 self.result = self.function(model, teacher, penalty, self.rows)
         for mine, given in zip(self.rows, rows):
@@ -1129,12 +1062,8 @@ class Recorded:
 
 # ---- A run's state: all that it needs to go on, and what checkpoint.pt holds. No generator is in it: each
 # epoch, each pool and each evaluation draws from a fresh one, seeded by what it is for.
-
-
 @dataclass
-class State:
-    """Where a run stands, between two epochs."""
-
+class State:  # between two epochs
     model: UNet
     optimizer: torch.optim.Optimizer | None = None
     teacher: UNet | None = None  # the frozen model of the last task, with replay
@@ -1154,7 +1083,6 @@ class State:
 
 
 def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
-    """Before the first step: random weights from the seed."""
     torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
     try:
         model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
@@ -1165,7 +1093,7 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
 
 
 def begin_task(cfg: Settings, state: State) -> None:
-    """Copy and freeze the model as the teacher; a fresh Adam; the average begins with the weights of now."""
+    """The model of now becomes the frozen teacher, and begins the average; Adam starts afresh."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
     fused = cfg.device == "cuda" or None  # all weights in a few kernels
@@ -1174,11 +1102,10 @@ def begin_task(cfg: Settings, state: State) -> None:
 
 
 def end_epoch(cfg: Settings, state: State, means: list[float], bar: tqdm) -> None:
-    """Log and show an epoch's mean terms; save from time to time. FloatingPointError: one is not finite."""
     state.epoch += 1
-    terms = dict(zip(("denoise", "distill", "ewc"), means))
     if not all(map(math.isfinite, means)):
         raise FloatingPointError(f"the loss of task {state.task + 1} is not finite in epoch {state.epoch}")
+    terms = dict(zip(("denoise", "distill", "ewc"), means))
     state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | terms)
     bar.set_postfix({name: f"{v:.4f}" for name, v in terms.items() if v}, refresh=False)
     if time.monotonic() - state.saved_at > CHECKPOINT_SECONDS:
@@ -1195,19 +1122,17 @@ def steps_of(cfg: Settings, task: Data) -> tuple[int, int]:
 
 
 def settings_of(cfg: Settings) -> dict:
-    """What the numbers of a run depend on."""
     return {name: value for name, value in vars(cfg).items() if name not in MAY_CHANGE}
 
 
 def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
     """Stop if `path` is of a run with other settings; say so if it is of another version of this script."""
-    usual = {name: default for name, (default, *_) in SETTINGS.items()} | RETIRED
+    usual = {name: row[0] for name, row in SETTINGS.items()} | RETIRED
     for name in dict.fromkeys([*SETTINGS, *settings]):
-        new = getattr(cfg, name, RETIRED.get(name))
-        old = settings.get(name, usual.get(name))
+        old, new = settings.get(name, usual.get(name)), getattr(cfg, name, RETIRED.get(name))
         if old != new and name not in MAY_CHANGE:
-            made = f"{path} was made with --{name.replace('_', '-')} {old}"
-            made += f", not {new}" if name in SETTINGS else ", which this script does not know"
+            but = f"not {new}" if name in SETTINGS else "which this script does not know"
+            made = f"{path} was made with --{name.replace('_', '-')} {old}, {but}"
             stop(f"{made}: --fresh starts over, --out names another folder")
     if script != SCRIPT:
         tqdm.write(f"note: {path} was made by another version of this script (--fresh starts over)")
@@ -1217,8 +1142,7 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
     """The state goes to checkpoint.pt, and its log, for people, to log.jsonl. Rank 0 alone writes."""
     saved = vars(state) | {"settings": settings_of(cfg), "script": SCRIPT}
     del saved["saved_at"]
-    for name in ("model", "optimizer", "teacher", "penalty"):
-        saved[name] = saved[name].state_dict() if saved[name] else None
+    saved = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in saved.items()}
     if rank() == 0:
         with whole(cfg.out / "checkpoint.pt") as file:
             torch.save(saved, file)
@@ -1228,20 +1152,15 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 
 
 def load_checkpoint(cfg: Settings, state: State) -> None:
-    """Bring a new state to where checkpoint.pt stands, if there is one. Stops if it is damaged."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
     if path.exists():
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
             refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
             state.task = saved["task"]
-            if saved["epoch"] > 0:
-                begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
-            else:
-                saved |= {"optimizer": None, "teacher": None}  # of the task before
+            begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
             for name in ("model", "optimizer", "teacher", "penalty"):
-                content = saved.pop(name)
-                if content:
+                if content := saved.pop(name):
                     getattr(state, name).load_state_dict(content)
             vars(state).update(saved)
         except torch.OutOfMemoryError:
@@ -1256,7 +1175,6 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
 
 @contextmanager
 def timed(state: State, part: str) -> Iterator[None]:
-    """Add the seconds that the block takes to those of a part of the run."""
     started = time.perf_counter()
     yield
     if torch.accelerator.is_available():
@@ -1264,9 +1182,7 @@ def timed(state: State, part: str) -> Iterator[None]:
     state.seconds[part] = state.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
-# ---- What a run shows: a progress bar, result.json (partial.json until all tasks are learned), a table, pictures.
-
-
+# ---- What a run shows: a bar, result.json (partial.json until all tasks are learned), a table, pictures.
 def progress(items: Iterable | None = None, name: str | None = None, **options) -> tqdm:
     """A progress bar, of one process alone, and seldom redrawn in a file."""
     seldom = 0.5 if sys.stderr and sys.stderr.isatty() else 10
@@ -1274,30 +1190,23 @@ def progress(items: Iterable | None = None, name: str | None = None, **options) 
 
 
 def result_of(cfg: Settings, state: State) -> dict:
-    """What result.json holds."""
-    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
     result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
     result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
-    result |= {
-        "config": settings_of(cfg),
-        "script": SCRIPT,
-        "processes": world(),
-        "cuda_graph": cfg.cuda_graph,
-    }
-    result["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    return result | {"seconds": {part: round(v, 1) for part, v in state.seconds.items()}}
+    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    seconds = {part: round(v, 1) for part, v in state.seconds.items()}
+    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": world()}
+    return result | {"cuda_graph": cfg.cuda_graph, "versions": versions, "seconds": seconds}
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A line per key, the file whole or not at all."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
     with whole(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read_result(path: Path) -> dict:
-    """A run's result.json. Stops if it is not one."""
     try:
         result = json.loads(path.read_text())
         result["config"], table(result)  # fails if anything of this is missing
@@ -1307,21 +1216,20 @@ def read_result(path: Path) -> dict:
 
 
 def table(result: dict) -> str:
-    """The FID matrix, AFID and forgetting as lines of text."""
     tasks = len(result["fid_real"])
+    cells = lambda values: "".join(" " * 9 if v is None else f"{v:9.1f}" for v in values)
     title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     lines = ["", title, "after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
     for row, afid in zip(result["fid"], result["afid"]):
-        cells = "".join(" " * 9 if v is None else f"{v:9.1f}" for v in [*row, afid])
-        lines.append(f"{tasks - row.count(None):>10}  {cells}")
-    lines.append(f"real images {''.join(f'{v:9.1f}' for v in result['fid_real'])}   (training, not test)")
-    energies = [fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
+        lines.append(f"{tasks - row.count(None):>10}  {cells([*row, afid])}")
+    lines.append(f"real images {cells(result['fid_real'])}   (training, not test)")
+    energies = [result["lam"] * fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
     if energies:
-        cells = "".join(f"{result['lam'] * energy:9.3g}" for energy in energies)
-        lines += ["", f"curvature   {cells}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
+        row = "".join(f"{energy:9.3g}" for energy in energies)
+        lines += ["", f"curvature   {row}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
-    lines += ["", f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)", ""]
-    return "\n".join(lines)
+    end = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
+    return "\n".join([*lines, "", end, ""])
 
 
 def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.device) -> None:
@@ -1340,7 +1248,6 @@ def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.d
 
 
 def finish(cfg: Settings, state: State) -> dict:
-    """model.pt and result.json, at the end of a run. -> what result.json holds."""
     result = result_of(cfg, state)
     if rank() == 0:
         with whole(cfg.out / "model.pt") as file:
@@ -1351,8 +1258,6 @@ def finish(cfg: Settings, state: State) -> dict:
 
 
 # ---- Command line.
-
-
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The paper's settings; over them the dataset's row, then --small and --limit, then the command line."""
     epilog = "(..): the paper's value, or else the default. The digits, --small and --limit have others."
@@ -1360,9 +1265,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(description=summary, epilog=epilog, allow_abbrev=False)
     parser.error = stop
     for name, (value, kind, limits, text) in SETTINGS.items():
-        choices = {"dataset": DATASETS, "method": METHODS}.get(name, limits if kind is str else None)
-        yes_or_no = {"action": argparse.BooleanOptionalAction}
-        options = yes_or_no if kind is bool else {"type": kind, "choices": choices}
+        options = {"type": kind, "choices": limits if kind is str else None}
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
         shown = ",".join(map(str, value)) if kind is numbers else value
         text = text if value is None or value is False else f"{text} ({shown})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
@@ -1402,19 +1306,17 @@ def set_up(cfg: Settings) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps") or (world() > 1 and name[-1].isdigit()):
             raise RuntimeError  # of several processes each takes its own device
     except (RuntimeError, AssertionError):
-        stop(
-            f"--device {cfg.device} is not there for process {rank()}: choose auto, cpu, cuda, cuda:1 or mps"
-        )
-    if device.type == "cuda":
+        stop(f"--device {cfg.device} is not there for process {rank()}: choose auto, cpu, cuda, cuda:1, mps")
+    cfg.device, on_gpu = device.type, device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    cfg.device = device.type
-    if device.type == "cpu" and sum(cfg.channels) < 100:
+    elif device.type == "cpu" and sum(cfg.channels) < 100:
         # Two threads are faster on idle cores, but much slower where one is busy: `make bench` measures both.
         torch.set_num_threads(1)
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    cfg.bf16 = ampere if cfg.bf16 is None else cfg.bf16
-    cfg.cuda_graph = device.type == "cuda" and cfg.cuda_graph is not False
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    if cfg.bf16 is None:
+        cfg.bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    cfg.cuda_graph = on_gpu and cfg.cuda_graph is not False
+    torch.use_deterministic_algorithms(on_gpu, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
     return device
@@ -1424,58 +1326,37 @@ def prepare(cfg: Settings, device: torch.device) -> tuple[Data, Callable[[Tensor
     """The data, and the features of the FID; cfg.fid_features becomes their name."""
     data, levels = load_data(cfg.dataset, cfg.data_dir), len(cfg.channels)
     split_tasks(data, cfg.tasks)  # stops, if it does, before the classifier is trained
-    height, size = data.x.shape[2:]
-    if height != size:
-        stop(f"{cfg.dataset} has images of {height}x{size} pixels: they must be square")
-    if size % 2 ** (levels - 1) or size == 2 ** (levels - 1):  # a group norm needs more than one pixel
-        stop(f"--channels: {levels} levels, each of half the size, do not fit {size}x{size} images")
+    (height, size), smallest = data.x.shape[2:], 2 ** (levels - 1)
+    if height != size or size % smallest or size == smallest:  # a group norm needs more than one pixel
+        found = f"{cfg.dataset} has images of {height}x{size} pixels: they must be square, and fit"
+        stop(f"{found} --channels, which are {levels} levels, each of half the size")
     if device.type == "cpu" and sum(cfg.channels) > 256:
         print("note: this network takes months on a CPU; for a quick look in minutes: --small --limit 50")
-    if cfg.fid == "inception":
-        features, cfg.fid_features = inception_features(device), "inception, legacy_tensorflow"
-    else:
-        features = classifier_features(cfg.dataset, data, device)
-        cfg.fid_features = f"{cfg.dataset}-classifier"
+    inception = cfg.fid == "inception"
+    features = inception_features(device) if inception else classifier_features(cfg.dataset, data, device)
+    cfg.fid_features = "inception, legacy_tensorflow" if inception else f"{cfg.dataset}-classifier"
     if cfg.limit:
-        data = limit_classes(data, cfg.limit)
-        cfg.fid_features += f", limit {cfg.limit}"
+        data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"
     return data, features
 
 
 def begin_run(cfg: Settings, device: torch.device) -> dict:
-    """Prepare and run, as the only run that writes into --out: the kernel drops the lock if its holder dies."""
-    import filelock
-
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = (
-            filelock.FileLock(cfg.out / ".lock", blocking=False).acquire() if rank() == 0 else nullcontext()
-        )
-    except filelock.Timeout:
-        stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")
-    with lock:
-        turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-        for i in range(3):  # one process may have to download, then one of each other machine, then all
-            if i == turn:
-                data, features = prepare(cfg, device)
-                for name in ("result.json", "partial.json", "checkpoint.pt", "model.pt"):
-                    if cfg.fresh and rank() == 0:
-                        (cfg.out / name).unlink(missing_ok=True)
-            all_sum(torch.zeros(1))  # all wait here
-        cfg.fresh = False  # an interrupted run goes on without it
-        return run(cfg, data, features, device)
-
-
-def command_to_go_on(argv: list[str] | None, cfg: Settings) -> str:
-    """The command that this program was started with, without a --fresh that has been obeyed."""
-    given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there with python -m
-    program = ["-m", spec.name] if spec and spec.name.startswith("results.") else [sys.argv[0]]
-    return shlex.join([*(["torchrun", ".."] if world() > 1 else [sys.executable]), *program, *given])
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for i in range(3):  # one process may have to download, then one of each other machine, then all
+        if i == turn:
+            data, features = prepare(cfg, device)
+            for name in ("result.json", "partial.json", "checkpoint.pt", "model.pt"):
+                if cfg.fresh and rank() == 0:
+                    (cfg.out / name).unlink(missing_ok=True)
+        all_sum(torch.zeros(1))  # all wait here
+    cfg.fresh = False  # an interrupted run goes on without it
+    return run(cfg, data, features, device)
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Check everything that can be checked, then run, or go on with a run that was stopped."""
+    import filelock
+
     cfg = parse_args(argv)
     finished = cfg.out / "result.json"
     try:
@@ -1485,15 +1366,25 @@ def main(argv: list[str] | None = None) -> dict:
             refuse_other(result["config"], result.get("script"), cfg, finished)
             told = f"{finished} is of a finished run (--fresh starts it over)"
         else:
-            result = begin_run(cfg, device)
+            cfg.out.mkdir(parents=True, exist_ok=True)
+            # The only run that writes into --out: the kernel drops the lock if its holder dies.
+            with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():
+                result = begin_run(cfg, device)
             told = f"In {cfg.out}: result.json, samples-task<k>.png, log.jsonl, model.pt"
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
-            told = f"interrupted; to go on from the last checkpoint: {command_to_go_on(argv, cfg)}"
+            given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
+            spec = getattr(sys.modules["__main__"], "__spec__", None)  # there with python -m
+            program = ["-m", spec.name] if spec and spec.name.startswith("results.") else [sys.argv[0]]
+            starter = ["torchrun", ".."] if world() > 1 else [sys.executable]
+            command = shlex.join([*starter, *program, *given])
+            told = f"interrupted; to go on from the last checkpoint: {command}"
             print(f"\nrank1_ewc: {told}", file=sys.stderr)
         raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
     except FloatingPointError as error:
         stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
+    except filelock.Timeout:
+        stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")
     except OSError as error:
         place = error.filename or f"{cfg.out}, or the output,"
         stop(f"{place} cannot be read or written ({error.strerror or error})")
@@ -1503,13 +1394,12 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def terminate(number: int, _) -> NoReturn:
-    """A cluster's warning (SIGTERM) ends the run as Ctrl-C does, with a status of its own."""
-    raise KeyboardInterrupt(number)
-
-
 def program() -> None:
     """main() as a program of its own, which may settle what belongs to the whole process."""
+
+    def terminate(number, _):  # SIGTERM, a cluster's warning, acts as Ctrl-C does, with its own status
+        raise KeyboardInterrupt(number)
+
     signal.signal(signal.SIGTERM, terminate)
     # stdout or stderr may be closed, or take ASCII alone: then text is lost, but the run goes on.
     sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))

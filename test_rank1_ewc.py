@@ -192,16 +192,18 @@ class Greys(torch.nn.Linear):
 
 
 def test_replay_pool_holds_equally_many_images_of_every_old_class_always_from_the_same_noise(monkeypatch):
-    starts, grey = [], torch.tensor([64, 89, 115, 140])  # 127.5 (mean + 1)
-    spy(monkeypatch, r, "ddim_sample", lambda x0, model, noise, *_: starts.append(noise))
+    starts, steps, grey = [], set(), torch.tensor([64, 89, 115, 140])  # 127.5 (mean + 1)
+    spy(monkeypatch, r, "ddim_sample", lambda x0, model, noise, y, n: starts.append(noise) or steps.add(n))
     for num_old in (2, 4):
-        x, y = r.replay_pool(settings(replay_per_class=70), Greys(1, 1), (1, 8, 8), num_old)
+        cfg = settings(replay_per_class=70, replay_steps=num_old)
+        x, y = r.replay_pool(cfg, Greys(1, 1), (1, 8, 8), num_old)
         assert (x.dtype, x.shape) == (torch.uint8, (70 * num_old, 1, 8, 8))
         assert y.equal(torch.arange(num_old).repeat_interleave(70))  # class after class
         assert (x.float() - grey[y][:, None, None, None]).abs().max() <= 1
     noise = torch.cat(starts).view(2 + 4, 70, 1, 8, 8)  # the n-th image's, whatever the class and the task
     assert all(noise[k].equal(noise[0]) for k in range(6))
     assert len(noise[0].unique(dim=0)) == 70
+    assert steps == {2, 4}
 
 
 def test_one_student_pass_denoises_the_real_rows_and_imitates_a_teacher_on_all_replayed_ones(monkeypatch):
@@ -483,12 +485,15 @@ def test_a_fisher_computes_alone_unless_it_is_told_to_share(monkeypatch):
     monkeypatch.setattr(r, "rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: pytest.fail("waits for the others"))
     torch.testing.assert_close([fisher(model, *images, 300, generator()) for fisher in FISHERS], alone)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: None)  # nothing from the other process
-    shares = []
+    reduced = []  # what is summed over the processes, here without the other's
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: reduced.append(v.clone()))
     for process in (0, 1):
         monkeypatch.setattr(r, "rank", lambda process=process: process)
-        shares.append(r.diagonal_fisher(model, *images, 300, generator(), shared=True))
-    torch.testing.assert_close(shares[0] + shares[1], alone[1])
+        r.diagonal_fisher(model, *images, 300, generator(), shared=True)
+    torch.testing.assert_close(sum(reduced) / 300, alone[1])
+    reduced.clear()
+    r.rank1_fisher(model, *images, 300, generator(), shared=True)
+    assert [v.shape for v in reduced] == [alone[1].shape, ()]
 
 
 # ---- Part I: the theory, where it is exact
@@ -1281,11 +1286,16 @@ STOPS = [
 ]
 
 
+def with_rows_of_beyond(monkeypatch):
+    for name, row in beyond.METHODS.items():
+        monkeypatch.setitem(r.METHODS, name, row)
+
+
 @pytest.mark.parametrize(("what", "nth", "argv", "at"), STOPS)
 def test_ctrl_c_prints_a_command_that_ends_the_run_the_same(
     tiny, tmp_path, capsys, monkeypatch, what, nth, argv, at
 ):
-    monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)
+    with_rows_of_beyond(monkeypatch)
     argv, stopped, whole = ["--epochs=2", *argv.split()], tmp_path / "stopped", tmp_path / "whole"
     interrupted(tiny, what, nth, *argv, "--fresh", out="stopped")
     assert not (stopped / "result.json").exists()
@@ -1627,7 +1637,7 @@ def test_the_proximal_step_minimizes_penalty_plus_distance(eta):
 
 
 def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(tiny, monkeypatch):
-    monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)
+    with_rows_of_beyond(monkeypatch)
     drift, free = (tiny(f"--lam={lam}", method="rank1-proximal", out=lam)[0]["drift"] for lam in ("1e9", "0"))
     for held, moved in zip(drift, free):
         assert max(map(abs, held)) < 0.01 * max(map(abs, moved))
@@ -1635,7 +1645,7 @@ def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(t
 
 @pytest.mark.parametrize("method", beyond.METHODS)
 def test_the_rows_that_beyond_adds_run(tiny, monkeypatch, method):
-    monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)
+    with_rows_of_beyond(monkeypatch)
     result, calls = tiny(method=method)
     directions = {"rank2": 2, "rank4": 4}.get(method, 1)
     assert [len(row) for row in result["drift"]] == [directions * k for k in (1, 2, 3, 4)]
