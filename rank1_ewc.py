@@ -1,8 +1,8 @@
 """Class-incremental continual learning of a diffusion model: generative distillation and rank-1 EWC.
 
 "Avoid Catastrophic Forgetting with Rank-1 Fisher from Diffusion Models", Wang, Gupta, Dong, MacLellan, ICLR
-2026, arXiv 2509.23593. Part I is the paper. Part II is what it learns with: network, data, FID. Part III lets
-a run survive.
+2026, arXiv 2509.23593. Part I is the paper, Part II what it learns with (network, data, FID), Part III what a
+run needs besides (settings, checkpoints, processes, command line).
 
     python rank1_ewc.py --epochs 90                               # 8x8 digits: a minute or two on a laptop
     python rank1_ewc.py --dataset mnist --method rank1            # the paper's run: hours on a GPU
@@ -22,7 +22,7 @@ The paper's equations, and where they are:
     the rows of Table 1                                    METHODS
     L = L_T + L_GD + L_EWC                                 objective
     AFID and forgetting                                    afid_and_forgetting
-    task after task                                        run
+    teacher, Adam, task after task                         begin_task, run
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,); eps
 Gaussian noise like x0; abar_t how much of x0 is left at t; theta all D weights as one vector, (D,); theta*
@@ -58,7 +58,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -90,7 +90,7 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def predict_noise(model: Callable, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """eps_theta(x_t, t, y), of x_t's shape. ValueError: it has another, which would broadcast in silence."""
+    """eps_theta(x_t, t, y). ValueError: its shape is not that of x_t, and it would broadcast silently."""
     eps = model(x_t, t, y)
     if eps.shape != x_t.shape:
         raise ValueError(f"the model must give eps like x_t, {tuple(x_t.shape)}, not {tuple(eps.shape)}")
@@ -123,7 +123,7 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
 
 
 def replay_pool(cfg, teacher: nn.Module, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
-    """The teacher's samples of the old classes 0..num_old-1, as many of each. -> (N, C, H, W) uint8, (N,)."""
+    """The teacher's samples of classes 0..num_old-1, equally many of each. -> (N, C, H, W) uint8, (N,)."""
     device = next(teacher.parameters()).device
     # As in the authors' code, the n-th image starts from the same noise for every class and after every task.
     generator = rng(device, cfg.seed, "replay pool")
@@ -137,27 +137,30 @@ def losses(model, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> tup
 
     x0, eps (B, C, H, W), t, y (B,). With a teacher the first half of the rows is real, the second replayed;
     without one (None) L_T is over all rows and L_GD is 0. The student runs once, as in the authors' code.
+    ValueError: an odd number of rows with a teacher.
     """
+    if teacher is not None and len(y) % 2:
+        raise ValueError(f"half of the rows must be real and half replayed, but there are {len(y)}")
     x_t = add_noise(x0, t, eps)
     eps_model = predict_noise(model, x_t, t, y)
     if teacher is None:
-        return F.mse_loss(eps_model, eps), eps.new_zeros(())
+        return functional.mse_loss(eps_model, eps), eps.new_zeros(())
     half = len(y) // 2
     with torch.no_grad():
         eps_teacher = predict_noise(teacher, x_t[half:], t[half:], y[half:])
-    denoise = F.mse_loss(eps_model[:half], eps[:half])
-    distill = F.mse_loss(eps_model[half:], eps_teacher)
+    denoise = functional.mse_loss(eps_model[:half], eps[:half])
+    distill = functional.mse_loss(eps_model[half:], eps_teacher)
     return denoise, distill
 
 
 # ---- Fisher: F = E[g g^T], taken after a task on its real images, says which directions in weight space
 # matter to it. It has D x D entries, so something smaller stands in for it.
-# The contract of a Fisher, also of one of your own (results/beyond.py adds three):
+# The contract of a Fisher, also of one of your own (results/beyond.py adds some):
 #   fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> what add() of its penalty takes
-# F is that of the model's trainable weights, and the model is left as it was. x: images (N, C, H, W) as
+# F is that of the trainable weights, in eval mode, and the model is left as it was. x: images (N, C, H, W) as
 # to_float takes them; y: classes (N,); n: the number of samples (image, t, eps); generator: on their device.
-# loss(model, x0, t, eps, y) -> (B,), of each sample; a loss of your own gets x as it is, unless it is uint8.
-# shared: torchrun's processes divide the work, as in a run; without it every call computes alone.
+# loss(model, x0, t, eps, y) -> (B,), of each sample, twice differentiable; a loss of your own gets x that is
+# not uint8 unchanged. shared: torchrun's processes divide the work, as in a run; else every call is alone.
 # ValueError: a model or images whose F would be wrong. FloatingPointError: a gradient is not finite.
 
 
@@ -170,28 +173,28 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> 
         yield x0, *draw_noise(x0, generator), y[index]
 
 
-# Why rank 1? At high noise x_t is nearly all noise, and the best denoiser a scaled identity, eps_hat close to
-# x_t / sqrt(1 - abar_t) (Proposition 1). If the network is locally linear, eps_hat = A_theta x_t, the gradient
-# of every sample is then a multiple c(x_t) of one and the same vector v (Proposition 2). So g g^T = c^2 v v^T:
-# F has rank 1, and as the mean gradient mu is a multiple of v too, F ~ c* mu mu^T with the coefficient c* =
-# mu^T F mu / ||mu||^4 (Theorem 1). The mean gradients at different t are nearly parallel: one mu serves for all.
-# Over all timesteps, as the method takes it, F is further from rank 1 than at high noise alone (results/).
+# Why rank 1? At high noise x_t is nearly all noise, and the best denoiser is a scaled identity (Proposition
+# 1). If eps_hat = a(theta) x_t, then g is (a x_t - eps)^T x_t da/dtheta, up to a factor: a number c(x_t)
+# times the same vector v for every sample (Proposition 2). So g g^T = c^2 v v^T, F has rank 1, and as mu is a
+# multiple of v too, F ~ c* mu mu^T with c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1).
+# The mu of different t are nearly parallel: one mu, over random t, serves for all. But over all t, as the
+# method takes it, F is further from rank 1 than at high noise alone (results/README.md).
 
 
 def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
     Over the draws that gave mu, c* would be too large: mu^T g_i then contains ||g_i||^2 / n. No gradient of a
-    single sample is ever made. With a weight w_i on each loss a backward pass gives G = sum_i w_i g_i, linear
-    in w: the derivative of mu^T G by w is mu^T g_i, of all samples at once.
+    single sample is needed: with a weight w_i on each loss a backward pass gives G = sum_i w_i g_i, linear in
+    w, and the derivative of mu^T G by w is mu^T g_i, of all samples at once.
     """
-    with examined(model, x, y, n, loss) as network:
+    with examined(model, x, y, n, loss) as network:  # in eval mode
         theta = trainable(network)
         total = torch.zeros_like(flat(theta))  # the sum of all g_i
         for batch in my_share(fisher_batches(x, y, n, generator), shared):
-            losses = loss_of_each(network, batch, loss)  # (B,)
-            total += flat(torch.autograd.grad(losses.sum(), theta, materialize_grads=True))
-            refuse_infinite(total, losses, batch)
+            each = loss_of_each(network, batch, loss)  # (B,)
+            total += flat(torch.autograd.grad(each.sum(), theta, materialize_grads=True))
+            refuse_infinite(total, each, batch)
         mu = all_sum(total, shared) / n
         mu_norm = math.sqrt(dot64(mu, mu))
         if not 0 < mu_norm < math.inf:
@@ -202,32 +205,15 @@ def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) 
         for i, batch in enumerate(split(batches, gradients_that_fit(network))):
             w = torch.ones(len(batch[0]), dtype=mu.dtype, device=mu.device, requires_grad=True)
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
-                losses = loss_of_each(network, batch, loss)
-                G = flat(torch.autograd.grad(losses, theta, w, create_graph=True, materialize_grads=True))
+                each = loss_of_each(network, batch, loss)
+                G = flat(torch.autograd.grad(each, theta, w, create_graph=True, materialize_grads=True))
             (mu_g,) = torch.autograd.grad(mu @ G, w)  # (B,)
+            refuse_infinite(mu_g, mu_g, batch)
             squares += mu_g.square().sum()
             if i == 0:
                 compare_with_single_samples(network, batch, loss, mu_g, mu)
         c_star = all_sum(squares, shared) / n / mu_norm**4  # E[(mu^T g)^2] / ||mu||^4
     return mu, c_star
-
-
-def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
-    """g_i of every sample, in chunks (b, D), of a model in eval mode: much slower than their sum."""
-    theta = {name: p.detach() for name, p in named_weights(model).items()}
-
-    def loss_at(theta, *sample):
-        network = lambda *inputs: functional_call(model, theta, inputs)
-        return loss_of_each(network, [v[None] for v in sample], loss)[0]
-
-    for i, batch in enumerate(split(batches, gradients_that_fit(model))):
-        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels cannot be batched so
-            g = vmap(grad(loss_at), in_dims=(None, *(0 for _ in batch)))(theta, *batch)  # each (b, *shape)
-        g = torch.cat([v.flatten(1) for v in g.values()], 1)
-        refuse_infinite(g, g.sum(1), batch)
-        if i == 0:
-            compare_with_single_samples(model, batch, loss, g)
-        yield g
 
 
 def diagonal_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> Tensor:
@@ -239,16 +225,16 @@ def diagonal_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=Fals
     return all_sum(total, shared) / n
 
 
-# ---- Penalties: EWC makes it expensive to move along what F says matters; exact sums over all old tasks.
+# ---- Penalties make it expensive to move along what F says matters. Each is an exact sum over all old tasks.
 
 
 class Penalty:
     """The contract of a penalty, also of one of your own. lam: EWC's lambda, the weight of the penalty.
 
     weights: the model, or its trainable weights theta as one vector, flat(trainable(model)), (D,).
-    add(fisher, weights), after a task: stores copies of F and of theta*, returns numbers for result.json.
-    penalty(weights): the scalar L_EWC, 0 before the first add. drift(weights): how far theta is from each
-    theta*_k, as the penalty weighs it. after_step(model, lr), if there is one, follows each optimizer step.
+    add(fisher, weights), after a task: takes copies of what it keeps; returns numbers for result.json.
+    penalty(weights): the scalar L_EWC, 0 before the first add. drift(weights): how far theta is from the
+    theta*_k, a vector for result.json. after_step(model, lr), if there is one, follows each optimizer step.
     state_dict() and load_state_dict() carry it through torch.save. ValueError: weights of other shapes.
     """
 
@@ -332,7 +318,7 @@ class DiagonalPenalty(Penalty):
 
 
 class Method(NamedTuple):
-    """What keeps the old classes: replay, imitation of the teacher on it, a Fisher and its penalty."""
+    """What keeps the old classes: replay, imitation of the teacher on it, a Fisher with its penalty."""
 
     replay: bool = False
     distill: bool = False
@@ -353,11 +339,11 @@ METHODS = {
 }
 
 
-# ---- Training: the objective, a step down it, the epochs of a task, all tasks.
+# ---- Training: the objective, one step, the epochs of a task, all tasks.
 
 
 def objective(model: nn.Module, teacher: nn.Module | None, penalty: Penalty | None, batch: tuple) -> tuple:
-    """L = L_T + L_GD + L_EWC of a batch (x0, t, eps, y): the three terms, scalars; their sum is minimized."""
+    """L = L_T + L_GD + L_EWC of a batch (x0, t, eps, y), rows as in losses(): its three terms, scalars."""
     denoise, distill = losses(model, teacher, *batch)
     ewc = penalty(model) if penalty else torch.zeros_like(denoise)
     return denoise, distill, ewc
@@ -373,7 +359,7 @@ def terms_and_gradient(model, teacher, penalty, batch, dtype=torch.float32) -> t
 def train_step(model, teacher, penalty, optimizer, batch, gradient_of=terms_and_gradient) -> Tensor:
     """One step of the optimizer down the sum of the objective's terms. -> the terms (3,), before the step.
 
-    gradient_of: how a run computes terms_and_gradient, in several processes, in bfloat16, or recorded.
+    gradient_of: terms_and_gradient, or how a run computes it (several processes, bfloat16, a CUDA graph).
     """
     terms, gradient = gradient_of(model, teacher, penalty, batch)
     theta = trainable(model)
@@ -393,7 +379,7 @@ def epoch_batches(task: "Data", replay: tuple | None, size: int, *when: int) -> 
     x, y, device = task.x, task.y, task.x.device
     purposes = ("order", "noise", "replay", "dropout")
     draw = {purpose: rng(device, when[0], purpose, *when[1:]) for purpose in purposes}
-    torch.manual_seed(draw["dropout"].initial_seed() + rank())  # nn.Dropout knows only the global generator
+    seed_dropout(draw["dropout"])  # the global generator
     order = torch.randperm(len(x), generator=draw["order"], device=device)
     for index in order[: len(x) // size * size].split(size):  # full batches: a random remainder is left out
         images, labels = x[index], y[index]
@@ -429,7 +415,7 @@ def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqd
 
 
 def evaluate(cfg, model: nn.Module, tasks: list["Data"], features: Callable, device) -> list[np.ndarray]:
-    """The FID features of samples, for each of these tasks as many, of the same classes, as test images."""
+    """The FID features of samples, for each of these tasks as many as test images, with the same labels."""
     sampled = []
     for k, task in enumerate(tasks):  # the same noise after every task: only the model changes a FID
         noise = torch.randn(task.test_x.shape, generator=rng(device, cfg.seed, "FID", k), device=device)
@@ -442,11 +428,21 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
     """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, final forgetting.
 
     AFID_j = mean over k <= j of FID_k(m_j); forgetting = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)).
-    Joint training has one row, of all tasks, and forgets nothing: None.
+    Joint training has one row, of all tasks, and forgets nothing: None. (Its number in the paper's Table 1
+    is one FID of all classes, fid_pooled.)
     """
     matrix = np.array(fid, dtype=float)  # None becomes nan
     forgetting = float((matrix[-1] - matrix.diagonal()).mean()) if len(matrix) == len(matrix[0]) else None
     return np.nanmean(matrix, axis=1).tolist(), forgetting
+
+
+def begin_task(cfg, state: "State") -> None:
+    """The current model becomes the frozen teacher and the start of --ema's average; Adam starts afresh."""
+    if METHODS[cfg.method].replay and state.task > 0:
+        state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
+    fused = cfg.device == "cuda" or None  # all weights in a few kernels
+    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr, fused=fused)
+    state.average = flat(trainable(state.model)).detach() if cfg.ema else None
 
 
 def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: torch.device) -> dict:
@@ -457,7 +453,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     stages = [data] if method.joint else tasks  # what is learned, one after the other
     state = new_state(cfg, data, device)
-    load_checkpoint(cfg, state)
+    load_checkpoint(cfg, state)  # if there is one, into the state
     real = [features(task.test_x) for task in tasks]
     state.fid_real = state.fid_real or fid_of_training_images(cfg, tasks, real, features)
     steps = [steps_of(cfg, stage)[1] for stage in stages]
@@ -466,13 +462,14 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
         for k in range(state.task, len(stages)):
             task, seen, replay = stages[k].to(device), tasks if method.joint else tasks[: k + 1], None
             if state.epoch == 0:
-                begin_task(cfg, state)  # the model of now becomes the teacher; a fresh Adam
-            if method.replay and k > 0:
+                begin_task(cfg, state)
+            if method.replay and k > 0:  # old classes are those below the task's: they come in label order
                 with timed(state, "replay"):
                     replay = replay_pool(cfg, state.teacher, task.x.shape[1:], num_old=int(task.y.min()))
             bar.set_description(f"task {k + 1}/{cfg.tasks} {cfg.method}")
             train_task(cfg, state, task, replay, bar)
 
+            # The Fisher and theta* are those of the weights as they now are, with --ema the average.
             if method.penalty and k > 0:
                 state.drift.append(state.penalty.drift(state.model).tolist())
             if method.penalty and k + 1 < cfg.tasks:
@@ -506,7 +503,9 @@ HEAD_CHANNELS, PAPER_CHANNELS = 8, (128, 256, 256, 256)
 class GroupNorm(nn.GroupNorm):  # in its input's precision: on a GPU autocast would go to float32 and back
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return functional.group_norm(
+                x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+            )
 
 
 class Resnet(nn.Module):  # time and class come in at its middle; `resample` acts on both its paths
@@ -520,9 +519,9 @@ class Resnet(nn.Module):  # time and class come in at its middle; `resample` act
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        return self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.resample(functional.silu(self.norm1(x))))
+        h = h + self.time_emb_proj(functional.silu(temb))[:, :, None, None]
+        return self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(functional.silu(self.norm2(h))))
 
 
 class Attention(nn.Module):  # between all pixels, in heads of HEAD_CHANNELS channels
@@ -535,7 +534,7 @@ class Attention(nn.Module):  # between all pixels, in heads of HEAD_CHANNELS cha
     def forward(self, x: Tensor) -> Tensor:
         h, heads = self.group_norm(x).flatten(2).transpose(1, 2), (-1, HEAD_CHANNELS)  # (B, HW, C)
         q, k, v = (to(h).unflatten(2, heads).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v)  # each (B, heads, HW, 8)
+        h = functional.scaled_dot_product_attention(q, k, v)  # each (B, heads, HW, 8)
         return x + self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view_as(x)
 
 
@@ -605,7 +604,7 @@ class UNet(nn.Module):
                 x = attention(resnet(torch.cat([x, skips.pop()], 1), temb))
             for up in level["upsamplers"]:
                 x = up(x, temb) if isinstance(up, Resnet) else up(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))
 
 
 # ---- Data. Held as uint8, class after class; a task's training images lie on the device while it is learned,
@@ -652,7 +651,7 @@ def load_torchvision(dataset: type, data_dir: Path) -> Data:
     train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
     x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
     if x.ndim == 3:  # (N, 28, 28)
-        x, test_x = (F.pad(images, (2, 2, 2, 2))[..., None] for images in (x, test_x))
+        x, test_x = (functional.pad(images, (2, 2, 2, 2))[..., None] for images in (x, test_x))
     return Data(x.permute(0, 3, 1, 2), y, test_x.permute(0, 3, 1, 2), test_y)
 
 
@@ -763,7 +762,9 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
         for _ in progress(range(1000), "classifier for the FID", unit="step", leave=False):
             index = torch.randint(len(data.y), (128,), generator=generator)
             optimizer.zero_grad()
-            F.cross_entropy(model(to_float(data.x[index].to(device))), data.y[index].to(device)).backward()
+            functional.cross_entropy(
+                model(to_float(data.x[index].to(device))), data.y[index].to(device)
+            ).backward()
             optimizer.step()
         with whole(path) as file:
             torch.save(model.state_dict(), file)
@@ -931,9 +932,10 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         raise ValueError("the Fisher is of the trainable weights: all are frozen (model.requires_grad_())")
     if loss is per_sample_loss and x.dtype != torch.uint8:
         to_float(x)
-    # Attributes, buffers, hooks: a forward pass may change them. (A subclass of these may refuse to be refilled.)
+    # A forward pass may change attributes, hooks, and buffers, these also in place.
     values = (v for m in network.modules() for v in (vars(m), *vars(m).values()))
     held = [(v, copy.copy(v)) for v in values if type(v) in (dict, list, OrderedDict)]
+    buffers = [(v, v.clone()) for v in network.buffers()]
     try:
         yield network.eval()
     except torch.OutOfMemoryError:
@@ -944,6 +946,8 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         for now, before in held:
             now.clear()
             now.update(before) if isinstance(now, dict) else now.extend(before)
+        for now, before in buffers:
+            now.copy_(before) if not now.equal(before) else None
 
 
 def loss_of_each(predict: Callable, batch: tuple, loss: Callable) -> Tensor:
@@ -955,21 +959,40 @@ def loss_of_each(predict: Callable, batch: tuple, loss: Callable) -> Tensor:
 
 def compare_with_single_samples(model, batch, loss: Callable, found: Tensor, along: Tensor | None = None):
     """ValueError unless the first gradients found (B, D), or their products with `along` (B,), are right."""
+    tolerance = 0.02 if along is None else 0.002  # of a projection rounding all but cancels
     for i in range(min(5, len(found))):  # right is what a sample's backward pass gives, alone in its batch
         value = loss_of_each(model, [v[i : i + 1] for v in batch], loss)
         g = flat(torch.autograd.grad(value.sum(), trainable(model), materialize_grads=True))
         exact, size = (g, g.norm()) if along is None else (g @ along, g.norm() * along.norm())
-        if (found[i] - exact).norm() > (0.002 + 10 * torch.finfo(g.dtype).eps) * size:
+        if not (found[i] - exact).norm() <= (tolerance + 10 * torch.finfo(g.dtype).eps) * size:  # or nan
             why = "the model mixes samples (a batch norm without running statistics?), draws at random"
             raise ValueError(f"a sample's gradient alone is another one: {why}, or has a backward of its own")
 
 
 def refuse_infinite(sums: Tensor, of_samples: Tensor, batch: tuple) -> None:
-    """FloatingPointError if a sum of gradients is not finite; of_samples (B,) shows which sample it was."""
-    if not sums.sum().isfinite():  # a sum is finite if all its parts are
-        i = int(of_samples.isfinite().logical_not().int().argmax())
-        where = f"class {batch[3][i]}, timestep {batch[1][i]}"
-        raise FloatingPointError(f"the gradient of a sample is not finite ({where}: {of_samples[i]:g})")
+    """FloatingPointError if a sum of gradients is not finite; of_samples (B,) may show whose it was."""
+    if not sums.sum().isfinite():  # a sum is finite only if all its parts are
+        which = (~of_samples.isfinite()).nonzero().flatten().tolist()[:1]
+        where = [f" (class {batch[3][i]}, timestep {batch[1][i]}: {of_samples[i]:g})" for i in which]
+        raise FloatingPointError(f"a gradient is not finite{''.join(where)}")
+
+
+def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
+    """The gradients g_i one by one, in chunks (b, D): much slower than summing them. In eval mode."""
+    theta = {name: p.detach() for name, p in named_weights(model).items()}
+
+    def loss_at(theta, *sample):
+        network = lambda *inputs: functional_call(model, theta, inputs)
+        return loss_of_each(network, [v[None] for v in sample], loss)[0]
+
+    for i, batch in enumerate(split(batches, gradients_that_fit(model))):
+        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels do not support vmap
+            g = vmap(grad(loss_at), in_dims=(None, *(0 for _ in batch)))(theta, *batch)  # each (b, *shape)
+        g = torch.cat([v.flatten(1) for v in g.values()], 1)
+        refuse_infinite(g, g.sum(1), batch)
+        if i == 0:
+            compare_with_single_samples(model, batch, loss, g)
+        yield g
 
 
 def split(batches: Iterable, size: int) -> Iterator[tuple]:
@@ -981,7 +1004,7 @@ def gradients_that_fit(model: nn.Module) -> int:
     """How many samples' gradients take 1 GB while they are made, or on a GPU a quarter of what is free."""
     device, weights = next(model.parameters()).device, sum(p.numel() for p in trainable(model))
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
-    return max(1, memory // (8 * weights))
+    return max(2, memory // (8 * weights))  # of one alone it would not be seen that a model mixes samples
 
 
 # ---- Processes: torchrun starts several, on one machine or more, and each takes its share of a run's work.
@@ -1092,15 +1115,6 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
     return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
 
 
-def begin_task(cfg: Settings, state: State) -> None:
-    """The model of now becomes the frozen teacher, and begins the average; Adam starts afresh."""
-    if METHODS[cfg.method].replay and state.task > 0:
-        state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
-    fused = cfg.device == "cuda" or None  # all weights in a few kernels
-    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr, fused=fused)
-    state.average = flat(trainable(state.model)).detach() if cfg.ema else None
-
-
 def end_epoch(cfg: Settings, state: State, means: list[float], bar: tqdm) -> None:
     state.epoch += 1
     if not all(map(math.isfinite, means)):
@@ -1119,6 +1133,10 @@ def steps_of(cfg: Settings, task: Data) -> tuple[int, int]:
     if size % parts:
         stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
     return size, cfg.epochs * (n // size)
+
+
+def seed_dropout(generator: torch.Generator) -> None:
+    torch.manual_seed(generator.initial_seed() + rank())  # nn.Dropout knows only the global generator
 
 
 def settings_of(cfg: Settings) -> dict:
@@ -1240,7 +1258,7 @@ def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.d
     y = torch.cat([task.test_y.unique()[:2] for task in seen]).to(device).repeat_interleave(10)
     noise = torch.randn(10, *seen[0].x.shape[1:], generator=rng(device, cfg.seed, "picture"), device=device)
     images = sample_images(cfg, state.model, noise, y, "pictures").cpu() / 255
-    images = F.interpolate(images, scale_factor=max(1, 32 // images.shape[-1]))  # 32x32 pixels each
+    images = functional.interpolate(images, scale_factor=max(1, 32 // images.shape[-1]))  # 32x32 pixels each
     if rank() == 0:
         with whole(cfg.out / f"samples-task{len(seen)}.png") as file:
             torchvision.utils.save_image(images, file, format="png", nrow=10, pad_value=0.5)

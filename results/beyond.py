@@ -2,9 +2,12 @@
 
     python -m results.beyond --method rank4 --lam 25      # all other flags are those of rank1_ewc.py
 
-rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
 rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the high timesteps alone.
 rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
+rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
+
+A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS, and a program
+that adds the row and calls the script's own, as the last lines here do.
 """
 
 import hashlib
@@ -17,10 +20,46 @@ from torch import Tensor, nn
 
 import rank1_ewc as r
 
-GRADIENTS = 1024  # so many gradients of single samples are kept at once
-GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
+# ---- The Fisher of a part of the timesteps: the same images and noise, with another loss.
+
+
+def squeezed(t: Tensor, first: int, end: int) -> Tensor:
+    """Timesteps 0..999 squeezed into first..end-1."""
+    return first + t * (end - first) // r.NUM_STEPS
+
+
+def loss_in(first: int, end: int) -> Callable:
+    """per_sample_loss at timesteps from `first` to before `end`."""
+    return lambda model, x0, t, eps, y: r.per_sample_loss(model, x0, squeezed(t, first, end), eps, y)
+
+
+# ---- The proximal step: decoupled from Adam, as AdamW's weight decay is (arXiv 1711.05101).
+
+
+class ProximalPenalty(r.Rank1Penalty):
+    """Rank-1 EWC outside the gradient: there a stiff penalty enters Adam's second moment and shrinks steps."""
+
+    def __call__(self, weights: nn.Module | Tensor) -> Tensor:
+        return super().__call__(weights).detach()
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / (2 lr)."""
+        if self.origin is None:
+            return
+        theta = r.flat(r.trainable(model))  # (D,)
+        stiffness = lr * self.lam * self.c_star.cpu().double()  # (k,)
+        system = torch.eye(len(stiffness)) + (self.mu @ self.mu.T).cpu().double() * stiffness
+        drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
+        z = theta - (stiffness * drift).to(theta) @ self.mu
+        for p, values in zip(r.trainable(model), r.shaped(z, r.trainable(model))):
+            p.copy_(values)  # in place: a recorded step reads the weights where they lie
+
 
 # ---- F's top eigenvectors: F ~ sum_j lambda_j v_j v_j^T, the best approximation of its rank.
+
+GRADIENTS = 1024  # so many gradients of single samples are kept at once
+GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
 
 
 def gradients_kept(model: nn.Module) -> int:
@@ -62,55 +101,15 @@ class RankKPenalty(r.Rank1Penalty):
         return numbers
 
 
-# ---- The Fisher of a part of the timesteps: the same images and noise, with another loss.
-
-
-def squeezed(t: Tensor, first: int, end: int) -> Tensor:
-    """Timesteps 0..999 squeezed into first..end-1."""
-    return first + t * (end - first) // r.NUM_STEPS
-
-
-def loss_in(first: int, end: int) -> Callable:
-    """per_sample_loss at timesteps from `first` to before `end`."""
-    return lambda model, x0, t, eps, y: r.per_sample_loss(model, x0, squeezed(t, first, end), eps, y)
-
-
-# ---- The proximal step: decoupled from Adam, as AdamW's weight decay is (arXiv 1711.05101).
-
-
-class ProximalPenalty(r.Rank1Penalty):
-    """Rank-1 EWC that leaves the gradient alone: in the loss a stiff penalty would enter Adam's second moment,
-    and so shrink the steps of the task.
-    """
-
-    def __call__(self, weights: nn.Module | Tensor) -> Tensor:
-        return super().__call__(weights).detach()
-
-    @torch.no_grad()
-    def after_step(self, model: nn.Module, lr: float) -> None:
-        """Move the weights theta to the z that minimizes penalty(z) + ||z - theta||^2 / (2 lr)."""
-        if self.origin is None:
-            return
-        theta, stiffness = (
-            r.flat(r.trainable(model)),
-            lr * self.lam * self.c_star.cpu().double(),
-        )  # (D,), (k,)
-        system = torch.eye(len(stiffness)) + (self.mu @ self.mu.T).cpu().double() * stiffness
-        drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
-        z = theta - (stiffness * drift).to(theta) @ self.mu
-        for p, values in zip(r.trainable(model), r.shaped(z, r.trainable(model))):
-            p.copy_(values)  # in place: a recorded step reads the weights where they lie
-
-
 distilled = partial(r.Method, replay=True, distill=True)
 METHODS = {
-    "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
-    "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
-    "rank4": distilled(fisher=partial(rank_k_fisher, k=4), penalty=RankKPenalty),
     "rank1-low": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty),
     "rank1-middle": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(333, 667)), penalty=r.Rank1Penalty),
     "rank1-high": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(667, 1000)), penalty=r.Rank1Penalty),
     "rank1-proximal": distilled(fisher=r.rank1_fisher, penalty=ProximalPenalty),
+    "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
+    "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
+    "rank4": distilled(fisher=partial(rank_k_fisher, k=4), penalty=RankKPenalty),
 }
 
 
