@@ -637,7 +637,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def load_digits(_: Path) -> Data:
-    """scikit-learn's 1,797 digits, 1x8x8: 800 for testing, drawn class by class with a seed that is fixed."""
+    """scikit-learn's 1,797 digits, 1x8x8: 800 for testing, drawn class by class with a fixed seed."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -682,7 +682,7 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
 
 
 def load_data(name: str, data_dir: Path) -> Data:
-    """A dataset, class after class. Stops if a class lacks images to learn from, or to test with."""
+    """A dataset, sorted by class. Stops if images are not uint8, or a class lacks some to learn or test."""
     load, files = LOADERS[name]
     try:
         data = load(data_dir)
@@ -708,7 +708,7 @@ def limit_classes(data: Data, n: int) -> Data:
 
 
 def split_tasks(data: Data, tasks: int) -> list[Data]:
-    """The classes in label order, equally many a task; views, no copies, of data sorted by class."""
+    """The classes in label order, equally many per task: views, not copies, of data sorted by class."""
     classes = int(data.y.max()) + 1
     if classes % tasks:
         stop(f"--tasks {tasks}: {classes} classes cannot be shared out equally, choose a divisor")
@@ -747,7 +747,7 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
 
 
 def classifier_features(name: str, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, and kept."""
+    """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, then cached."""
     torch.manual_seed(0)
     # SiLU is smooth: a unit that is dead on two classes would make their covariance singular.
     layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
@@ -1040,7 +1040,7 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, name: str, st
 
 
 def gradient_function(cfg: Settings) -> Callable:
-    """terms_and_gradient as a run has it computed: in parts, each process its own, in bfloat16, recorded."""
+    """terms_and_gradient as a run computes it: in parts, each process its own, in bfloat16, recorded."""
     parts = world() * cfg.accumulate
     of_rows = partial(terms_and_gradient, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
     of_rows = Recorded(of_rows) if cfg.cuda_graph else of_rows
@@ -1202,7 +1202,7 @@ def timed(state: State, part: str) -> Iterator[None]:
 
 # ---- What a run shows: a bar, result.json (partial.json until all tasks are learned), a table, pictures.
 def progress(items: Iterable | None = None, name: str | None = None, **options) -> tqdm:
-    """A progress bar, of one process alone, and seldom redrawn in a file."""
+    """A progress bar: shown by one process alone, and rarely redrawn where stderr is a file."""
     seldom = 0.5 if sys.stderr and sys.stderr.isatty() else 10
     return tqdm(items, name, mininterval=seldom, dynamic_ncols=True, disable=QUIET or rank() > 0, **options)
 
