@@ -77,6 +77,7 @@ vae: $(MODEL)  ## the control: is the Fisher of a VAE on the same data of rank 1
 # of FashionMNIST with a small network.
 results/constant/%: REGIME = --lr 1e-3 --lr-decay none
 results/fashion/%: REGIME = --small --epochs 2 --data-dir $(DATA)
+results/long/%: REGIME = --tasks 10 --epochs 810
 results/%: OF = digits
 results/fashion/%: OF = fashion
 results/%/result.json: | .venv/installed
@@ -181,6 +182,9 @@ binds: OVER = lam
 BOUND = $(addsuffix +ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250)
 binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
+long-pilot: OVER = replay_per_class
+long-pilot: $(call some,200 201,long/pilot,$(addprefix gd+replay-per-class=,200 50 20))
+long-pilot:  ## ten tasks of one class: where does GD forget? seeds 200 and 201
 search-fashion: OVER = curvature
 search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000 10000)))
 search-fashion:  ## which lambda on FashionMNIST (DATA=its folder), a small network, at half the length

@@ -486,6 +486,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
                 state.fid_pooled = frechet_distance(np.concatenate(real), np.concatenate(sampled))
             show_progress(cfg, state, seen, device)
             state.task, state.epoch, state.step = k + 1, 0, 0
+            state.optimizer = state.teacher = state.average = None  # the next task begins with new ones
             save_checkpoint(cfg, state)
     return finish(cfg, state)
 
