@@ -199,7 +199,7 @@ average-fashion:  ## GD with the average at a constant rate on FashionMNIST, aga
 COMPARED = search-rate search-lambda search-falling search-alone confirm ten-seeds confirm-constant
 COMPARED += ten-seeds-constant nine-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda
 COMPARED += lambda-ema confirm-ema ten-seeds-ema average timesteps directions against-mu against-mu-tenth
-COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion average-fashion
+COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion average-fashion long-pilot
 $(COMPARED):
 	$(PY) -m results.report $(^D) --over $(OVER) $(if $|,--against $(dir $|)) --to results/$@
 

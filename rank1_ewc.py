@@ -55,7 +55,6 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
@@ -90,8 +89,8 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def predict_noise(model: Callable, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """eps_theta(x_t, t, y). ValueError: its shape is not that of x_t, and it would broadcast silently."""
-    eps = model(x_t, t, y)
+    """eps_theta(x_t, t, y). ValueError if its shape differs from that of x_t: it would broadcast silently."""
+    eps = model(x_t.clone(), t, y)  # a copy, as a model may work in place
     if eps.shape != x_t.shape:
         raise ValueError(f"the model must give eps like x_t, {tuple(x_t.shape)}, not {tuple(eps.shape)}")
     return eps
@@ -106,7 +105,7 @@ def per_sample_loss(model: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tens
 def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> Tensor:
     """DDIM (arXiv 2010.02502) with eta 0: noise (B, C, H, W), y (B,) -> x0 (B, C, H, W) in [-1, 1].
 
-    As diffusers' DDIMScheduler has it: `steps` (1..1000) timesteps ("leading": 980, 960, .., 0 for 50);
+    The same as diffusers' DDIMScheduler: `steps` (1..1000) timesteps ("leading": 980, 960, .., 0 for 50);
     x0_hat is clipped, the direction keeps the unclipped eps_hat, and the last step goes to abar = 1.
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
@@ -159,13 +158,13 @@ def losses(model, teacher, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor) -> tup
 #   fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> what add() of its penalty takes
 # F is that of the trainable weights, in eval mode, and the model is left as it was. x: images (N, C, H, W) as
 # to_float takes them; y: classes (N,); n: the number of samples (image, t, eps); generator: on their device.
-# loss(model, x0, t, eps, y) -> (B,), of each sample, twice differentiable; a loss of your own gets x that is
-# not uint8 unchanged. shared: torchrun's processes divide the work, as in a run; else every call is alone.
+# loss(model, x0, t, eps, y) -> (B,), of each sample, twice differentiable; your own loss gets x unchanged
+# unless it is uint8. shared: torchrun's processes divide the work, as in a run; otherwise each works alone.
 # ValueError: a model or images whose F would be wrong. FloatingPointError: a gradient is not finite.
 
 
 def fisher_batches(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> Iterator[tuple]:
-    """n samples (x0, t, eps, y) in batches: each image once, in random order, before one comes again."""
+    """n samples (x0, t, eps, y) in batches: each image once, in random order, before any is repeated."""
     rounds = range(math.ceil(n / len(x)))
     chosen = torch.cat([torch.randperm(len(x), generator=generator, device=x.device) for _ in rounds])
     for index in chosen[:n].split(FISHER_BATCH):
@@ -184,13 +183,13 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> 
 def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
-    Over the draws that gave mu, c* would be too large: mu^T g_i then contains ||g_i||^2 / n. No gradient of a
+    On the same draws as mu, c* would be too large: mu^T g_i then contains ||g_i||^2 / n. No gradient of a
     single sample is needed: with a weight w_i on each loss a backward pass gives G = sum_i w_i g_i, linear in
     w, and the derivative of mu^T G by w is mu^T g_i, of all samples at once.
     """
     with examined(model, x, y, n, loss) as network:  # in eval mode
         theta = trainable(network)
-        total = torch.zeros_like(flat(theta))  # the sum of all g_i
+        total = zeros_for_sums(theta)  # the sum of all g_i
         for batch in my_share(fisher_batches(x, y, n, generator), shared):
             each = loss_of_each(network, batch, loss)  # (B,)
             total += flat(torch.autograd.grad(each.sum(), theta, materialize_grads=True))
@@ -200,28 +199,28 @@ def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) 
         if not 0 < mu_norm < math.inf:
             raise FloatingPointError(f"||mu|| is {mu_norm}: the loss does not depend on theta, or overflows")
 
-        squares = torch.zeros_like(mu[0])  # the sum of all (mu^T g_i)^2
+        u, squares = mu / mu_norm, torch.zeros_like(mu[0])  # mu's direction; the sum of all (u^T g_i)^2
         batches = my_share(fisher_batches(x, y, n, generator), shared)
         for i, batch in enumerate(split(batches, gradients_that_fit(network))):
-            w = torch.ones(len(batch[0]), dtype=mu.dtype, device=mu.device, requires_grad=True)
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
                 each = loss_of_each(network, batch, loss)
+                w = torch.ones_like(each, requires_grad=True)
                 G = flat(torch.autograd.grad(each, theta, w, create_graph=True, materialize_grads=True))
-            (mu_g,) = torch.autograd.grad(mu @ G, w)  # (B,)
-            refuse_infinite(mu_g, mu_g, batch)
-            squares += mu_g.square().sum()
+            (u_g,) = torch.autograd.grad(u @ G.to(u.dtype), w)  # (B,)
+            refuse_infinite(u_g, u_g, batch)
+            squares += u_g.to(u.dtype).square().sum()
             if i == 0:
-                compare_with_single_samples(network, batch, loss, mu_g, mu)
-        c_star = all_sum(squares, shared) / n / mu_norm**4  # E[(mu^T g)^2] / ||mu||^4
+                compare_with_single_samples(first_gradients(network, batch, loss), u_g, u)
+        c_star = all_sum(squares, shared) / n / mu_norm**2  # E[(mu^T g)^2] / ||mu||^4, as mu = ||mu|| u
     return mu, c_star
 
 
 def diagonal_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> Tensor:
     """F_jj = E[g_j^2] (D,) over n draws (EWC, arXiv 1612.00796), from the gradients of single samples."""
     with examined(model, x, y, n, loss) as network:
-        total = torch.zeros_like(flat(trainable(network)))
+        total = zeros_for_sums(trainable(network))
         for g in gradients(network, my_share(fisher_batches(x, y, n, generator), shared), loss):
-            total += g.square_().sum(0)  # in place: a chunk is large, new memory takes longer than the square
+            total += g.to(total).square_().sum(0)  # in place: new memory would take longer than the square
     return all_sum(total, shared) / n
 
 
@@ -253,7 +252,7 @@ class Penalty:
 class Rank1Penalty(Penalty):
     """(lam/2) sum_k c*_k (mu_k^T (theta - theta*_k))^2, the paper's rank-1 EWC.
 
-    Of each old task mu_k, c*_k and one number are kept, and of all theta*_k the newest alone, as the origin:
+    Of each old task mu_k, c*_k and one number are kept, and only the newest theta*, as the origin:
     mu_k^T (theta - theta*_k) = mu_k^T (theta - origin) + offset_k,  offset_k = mu_k^T (origin - theta*_k).
     """
 
@@ -264,7 +263,7 @@ class Rank1Penalty(Penalty):
     @torch.no_grad()
     def add(self, fisher: tuple[Tensor, Tensor], weights: nn.Module | Tensor) -> dict[str, float]:
         mu, theta_star = copies(self, fisher[0], weights)
-        c_star = torch.as_tensor(fisher[1]).to(mu, copy=True)
+        c_star = torch.as_tensor(fisher[1]).to(mu, copy=True).reshape(())
         if self.origin is None:
             self.mu, self.c_star, self.offset = mu.new_empty(0, len(mu)), mu[:0], mu[:0]
             self.origin = theta_star
@@ -276,10 +275,10 @@ class Rank1Penalty(Penalty):
         return {"c_star": float(c_star), "mu_norm": float(mu.norm()), "energy": float(energy)}
 
     def drift(self, weights: nn.Module | Tensor) -> Tensor:
-        """mu_k^T (theta - theta*_k) of every old task: the way along mu_k times ||mu_k||. -> (k,)."""
+        """mu_k^T (theta - theta*_k) of every old task: the distance along mu_k, times ||mu_k||. -> (k,)."""
         theta = theta_for(self, weights)
-        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 would round the way to nothing
-            return self.mu @ (theta - self.origin) + self.offset
+        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 would round the distance to 0
+            return self.mu @ (theta - self.origin).to(self.mu.dtype) + self.offset
 
     def __call__(self, weights: nn.Module | Tensor) -> Tensor:
         if self.origin is None:
@@ -318,7 +317,7 @@ class DiagonalPenalty(Penalty):
 
 
 class Method(NamedTuple):
-    """What keeps the old classes: replay, imitation of the teacher on it, a Fisher with its penalty."""
+    """What protects the old classes: replay, imitation of the teacher on it, a Fisher with its penalty."""
 
     replay: bool = False
     distill: bool = False
@@ -392,7 +391,7 @@ def epoch_batches(task: "Data", replay: tuple | None, size: int, *when: int) -> 
 
 
 def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqdm) -> None:
-    """The epochs of a task, from where the state stands. With --ema it ends with its averaged weights."""
+    """Train the task's remaining epochs. With --ema it ends with the average of its weights."""
     model, optimizer = state.model, state.optimizer
     teacher = state.teacher if METHODS[cfg.method].distill else None
     (size, steps), gradient_of = steps_of(cfg, task), gradient_function(cfg)
@@ -415,7 +414,7 @@ def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqd
 
 
 def evaluate(cfg, model: nn.Module, tasks: list["Data"], features: Callable, device) -> list[np.ndarray]:
-    """The FID features of samples, for each of these tasks as many as test images, with the same labels."""
+    """FID features of samples, for each task as many as it has test images, with the same labels."""
     sampled = []
     for k, task in enumerate(tasks):  # the same noise after every task: only the model changes a FID
         noise = torch.randn(task.test_x.shape, generator=rng(device, cfg.seed, "FID", k), device=device)
@@ -623,13 +622,13 @@ class Data(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats that are there stay. ValueError: anything else."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: others."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = float(images.min()), float(images.max())
     if not (images.is_floating_point() and -1 <= low < 0 and high <= 1):
         found = f"{images.dtype} from {low:g} to {high:g}"
-        raise ValueError(f"images must be uint8 in 0..255, or floats in -1..1 and dark below 0, not {found}")
+        raise ValueError(f"images must be uint8 in 0..255, or floats in -1..1 with some below 0, not {found}")
     return images
 
 
@@ -647,8 +646,11 @@ def load_digits(_: Path) -> Data:
     return Data(*map(torch.from_numpy, (x, y, test_x, test_y)))
 
 
-def load_torchvision(dataset: type, data_dir: Path) -> Data:
+def load_torchvision(dataset: str | type, data_dir: Path) -> Data:
     """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, dataset) if isinstance(dataset, str) else dataset
     train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
     x, y, test_x, test_y = map(torch.as_tensor, (train.data, train.targets, test.data, test.targets))
     if x.ndim == 3:  # (N, 28, 28)
@@ -674,10 +676,10 @@ def load_imagenet32(data_dir: Path) -> Data:
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
 LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
-    "mnist": (partial(load_torchvision, torchvision.datasets.MNIST), f"MNIST/raw/{IDX}"),
-    "fashion": (partial(load_torchvision, torchvision.datasets.FashionMNIST), f"FashionMNIST/raw/{IDX}"),
+    "mnist": (partial(load_torchvision, "MNIST"), f"MNIST/raw/{IDX}"),
+    "fashion": (partial(load_torchvision, "FashionMNIST"), f"FashionMNIST/raw/{IDX}"),
     # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
-    "cifar10": (partial(load_torchvision, torchvision.datasets.CIFAR10), "cifar-10-python.tar.gz"),
+    "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),
     "imagenet32": (load_imagenet32, "imagenet32/{train_data_batch_1..10,val_data}.npz"),
 }
 
@@ -836,7 +838,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
 }
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
 MAY_CHANGE = ("accumulate", "cuda_graph", "data_dir", "out", "fresh", "small", "fid_features")
-RETIRED = {"form": "loss", "fisher_timesteps": [0, NUM_STEPS]}  # of older runs: what they do here still
+RETIRED = {"form": "loss", "fisher_timesteps": [0, NUM_STEPS]}  # of older runs: the values still implemented
 SAMPLE_BATCH = {"cpu": 200, "mps": 200, "cuda": 1000}  # generated together; on a CPU 100 and 800 are slower
 FISHER_BATCH = 128  # samples of a Fisher computed together
 DAMAGED = Exception  # a file that is cut short, or something else than its name says, may raise anything
@@ -874,6 +876,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 # ---- theta: the weights that are not frozen, as one vector, in the order of model.parameters().
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself: a forward pass of DistributedDataParallel would wait for the other processes."""
+    model = getattr(model, "_orig_mod", model)  # out of torch.compile, which has no second derivative
     return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
 
 
@@ -897,6 +900,12 @@ def shaped(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [part.view_as(v) for part, v in zip(vector.split([v.numel() for v in like]), like)]
 
 
+def zeros_for_sums(theta: list[Tensor]) -> Tensor:
+    """(D,) zeros in float32 at least: a long sum in bfloat16 would stop growing."""
+    zeros = torch.zeros_like(flat(theta))
+    return zeros.to(torch.promote_types(zeros.dtype, torch.float32))
+
+
 def dot64(a: Tensor, b: Tensor) -> float:
     """a^T b summed in float64: over 37 million weights float32 would round small differences away."""
     return float(a.cpu().double() @ b.cpu().double())
@@ -917,7 +926,9 @@ def copies(penalty: Penalty, fisher: Tensor, weights: nn.Module | Tensor) -> tup
     """What add() stores, as copies: the Fisher's vector and theta*, both (D,); and the weights' shapes."""
     theta = theta_for(penalty, weights)
     if fisher.shape != theta.shape:
-        raise ValueError(f"a Fisher of {len(fisher)} weights, but {len(theta)} weights: use trainable(model)")
+        raise ValueError(f"{fisher.numel()} numbers of a Fisher, {len(theta)} weights: use trainable(model)")
+    if not fisher.isfinite().all():
+        raise ValueError("the Fisher is not finite")
     penalty.shapes = {name: [*v.shape] for name, v in named_weights(weights).items()}
     return fisher.detach().clone(), theta.detach().clone()
 
@@ -933,12 +944,15 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         raise ValueError("the Fisher is of the trainable weights: all are frozen (model.requires_grad_())")
     if loss is per_sample_loss and x.dtype != torch.uint8:
         to_float(x)
-    # A forward pass may change attributes, hooks, and buffers, these also in place.
-    values = (v for m in network.modules() for v in (vars(m), *vars(m).values()))
+    # A forward pass may change attributes, hooks, and buffers, these also in place. The modes are set without
+    # calling eval() and train(), in which a LoRA layer may merge its weights.
+    modules, buffers = [*network.modules()], [(v, v.clone()) for v in network.buffers()]
+    modes, values = [m.training for m in modules], (v for m in modules for v in (vars(m), *vars(m).values()))
     held = [(v, copy.copy(v)) for v in values if type(v) in (dict, list, OrderedDict)]
-    buffers = [(v, v.clone()) for v in network.buffers()]
     try:
-        yield network.eval()
+        for m in modules:
+            m.training = False
+        yield network
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -947,6 +961,8 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         for now, before in held:
             now.clear()
             now.update(before) if isinstance(now, dict) else now.extend(before)
+        for m, mode in zip(modules, modes):
+            m.training = mode
         for now, before in buffers:
             now.copy_(before) if not now.equal(before) else None
 
@@ -958,16 +974,26 @@ def loss_of_each(predict: Callable, batch: tuple, loss: Callable) -> Tensor:
     return value
 
 
-def compare_with_single_samples(model, batch, loss: Callable, found: Tensor, along: Tensor | None = None):
-    """ValueError unless the first gradients found (B, D), or their products with `along` (B,), are right."""
-    tolerance = 0.02 if along is None else 0.002  # of a projection rounding all but cancels
-    for i in range(min(5, len(found))):  # right is what a sample's backward pass gives, alone in its batch
-        value = loss_of_each(model, [v[i : i + 1] for v in batch], loss)
-        g = flat(torch.autograd.grad(value.sum(), trainable(model), materialize_grads=True))
-        exact, size = (g, g.norm()) if along is None else (g @ along, g.norm() * along.norm())
-        if not (found[i] - exact).norm() <= (tolerance + 10 * torch.finfo(g.dtype).eps) * size:  # or nan
-            why = "the model mixes samples (a batch norm without running statistics?), draws at random"
-            raise ValueError(f"a sample's gradient alone is another one: {why}, or has a backward of its own")
+def first_gradients(model: nn.Module, batch: tuple, loss: Callable) -> list[tuple[Tensor, ...]]:
+    """g_i of the first samples, in the shapes of the weights: an ordinary backward pass of each alone."""
+    each = (loss_of_each(model, [v[i : i + 1] for v in batch], loss) for i in range(min(5, len(batch[0]))))
+    return [torch.autograd.grad(v.sum(), trainable(model), materialize_grads=True) for v in each]
+
+
+def compare_with_single_samples(exact: list, found: Tensor, u: Tensor | None = None) -> None:
+    """ValueError unless found, gradients (B, D) or u^T g_i (B,), agrees with these first gradients."""
+    for parts, ours in zip(exact, found):
+        g, rounding = flat(parts), 10 * torch.finfo(parts[0].dtype).eps
+        if u is None:  # weight by weight, as one may be wrong alone
+            small = 1e-3 * g.norm() + 1e-30
+            errors = [(a - b).norm() / (b.norm() + small) for a, b in zip(shaped(ours, parts), parts)]
+        else:  # in a product rounding all but cancels
+            errors = [10 * (ours - u @ g.to(u.dtype)).abs() / (g.norm() + 1e-30)]
+        if not all(error <= 0.02 + rounding for error in errors):
+            why = (
+                "mixes samples (a batch norm without running statistics?), draws at random, or hides a weight"
+            )
+            raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
 def refuse_infinite(sums: Tensor, of_samples: Tensor, batch: tuple) -> None:
@@ -980,19 +1006,23 @@ def refuse_infinite(sums: Tensor, of_samples: Tensor, batch: tuple) -> None:
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
     """The gradients g_i one by one, in chunks (b, D): much slower than summing them. In eval mode."""
-    theta = {name: p.detach() for name, p in named_weights(model).items()}
 
-    def loss_at(theta, *sample):
-        network = lambda *inputs: functional_call(model, theta, inputs)
-        return loss_of_each(network, [v[None] for v in sample], loss)[0]
+    class Losses(nn.Module):  # with the model in it, so that the loss gets a model whose weights are replaced
+        def __init__(self):
+            super().__init__()
+            self.model = model
 
+        def forward(self, *sample):
+            return loss_of_each(self.model, [v[None] for v in sample], loss)[0]
+
+    losses, theta = Losses(), {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
+    gradient = vmap(grad(lambda theta, sample: functional_call(losses, theta, sample)), (None, 0))
     for i, batch in enumerate(split(batches, gradients_that_fit(model))):
+        exact = first_gradients(model, batch, loss) if i == 0 else []
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels do not support vmap
-            g = vmap(grad(loss_at), in_dims=(None, *(0 for _ in batch)))(theta, *batch)  # each (b, *shape)
-        g = torch.cat([v.flatten(1) for v in g.values()], 1)
+            g = torch.cat([v.flatten(1) for v in gradient(theta, tuple(batch)).values()], 1)  # (b, D)
         refuse_infinite(g, g.sum(1), batch)
-        if i == 0:
-            compare_with_single_samples(model, batch, loss, g)
+        compare_with_single_samples(exact, g)
         yield g
 
 
@@ -1185,7 +1215,8 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
         except torch.OutOfMemoryError:
             raise
         except DAMAGED as error:
-            stop(f"{path} is damaged ({type(error).__name__}): remove it or give --fresh, to start over")
+            why = f"is damaged, or of another version of this script ({type(error).__name__})"
+            stop(f"{path} {why}: remove it or give --fresh, to start over")
         tqdm.write(f"going on from {path}: {state.task} of {cfg.tasks} tasks and {state.epoch} epochs done")
     position = torch.tensor([state.task, state.epoch])
     if not torch.equal(all_sum(position.clone()), position * world()):
@@ -1253,6 +1284,8 @@ def table(result: dict) -> str:
 
 def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.device) -> None:
     """After a task: print its row of FIDs, write samples-task<k>.png (a class per row) and partial.json."""
+    from torchvision.utils import save_image
+
     row = [f"{fid:.1f}" for fid in state.fid[-1] if fid is not None]
     tqdm.write(f"after task {len(row)}, FID ({cfg.fid_features}): {'  '.join(row)}")
     # Of two classes of each task ten samples each, from the same noises.
@@ -1262,7 +1295,7 @@ def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.d
     images = functional.interpolate(images, scale_factor=max(1, 32 // images.shape[-1]))  # 32x32 pixels each
     if rank() == 0:
         with whole(cfg.out / f"samples-task{len(seen)}.png") as file:
-            torchvision.utils.save_image(images, file, format="png", nrow=10, pad_value=0.5)
+            save_image(images, file, format="png", nrow=10, pad_value=0.5)
         write_json(cfg.out / "partial.json", result_of(cfg, state))
 
 
@@ -1383,7 +1416,7 @@ def main(argv: list[str] | None = None) -> dict:
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(result["config"], result.get("script"), cfg, finished)
-            told = f"{finished} is of a finished run (--fresh starts it over)"
+            told = f"{finished} holds a finished run (--fresh starts it over)"
         else:
             cfg.out.mkdir(parents=True, exist_ok=True)
             # The only run that writes into --out: the kernel drops the lock if its holder dies.

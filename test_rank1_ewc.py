@@ -170,6 +170,12 @@ def test_a_prediction_that_would_broadcast_is_refused_wherever_a_model_is_called
             function(*arguments)
 
 
+def test_a_model_that_works_in_place_does_not_change_its_input():
+    x0, t, eps, y = small_batch()
+    before = x0.clone()
+    assert r.predict_noise(lambda x, t, y: x.mul_(2), x0, t, y).equal(2 * before) and x0.equal(before)
+
+
 # ---- Part I: generative distillation
 def test_replay_pool_holds_equally_many_of_every_old_class_always_from_the_same_noise(monkeypatch):
     starts, steps, teacher = [], [], torch.nn.Linear(1, 1)
@@ -261,6 +267,7 @@ class Denoiser(torch.nn.Module):
         self.kind, self.kept = kind, ["before"]
         self.classes = torch.nn.Embedding(10, 16, sparse=kind == "sparse embedding")
         self.net, self.lstm = torch.nn.Linear(81, 64), torch.nn.LSTM(8, 8, batch_first=True)
+        self.again = self.net if kind == "one module twice" else None
         if kind == "weight norm":
             self.net = torch.nn.utils.parametrizations.weight_norm(self.net)
         self.norm = torch.nn.BatchNorm1d(64, track_running_stats=kind != "batch norm over the batch")
@@ -286,6 +293,7 @@ WRONG_NETWORKS = {"batch norm over the batch": "cannot be taken: .* 1 value per 
 WRONG_NETWORKS |= {"mixes samples": "mixes samples", "random": "draws at random"}
 WRONG_NETWORKS |= {"its own backward": "cannot be taken"}
 KINDS = ["", "self-conditioning", "sparse embedding", "weight norm", "batch norm", "LSTM", "attention"]
+KINDS += ["one module twice"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "diffusers"])
@@ -302,6 +310,68 @@ def test_the_fishers_take_any_loss_of_single_samples_and_floats_as_they_are():
     own = lambda model, x, t, _, y: (model(x, t, y) - model(x, t, y).detach() / 2).square().sum((1, 2, 3))
     assert_fishers_are_right(classifier, features, y, 12, loss=of_class)
     assert_fishers_are_right(Denoiser(), r.to_float(images), y, 12, loss=own)
+    part = lambda model, x, t, _, y: (
+        model.norm(model(x, t, y).flatten(1)).square().sum(1) + model.classes(y).sum(1)
+    )
+    assert_fishers_are_right(Denoiser(), images, y, 12, loss=part)
+
+
+@pytest.mark.parametrize("scale", [1e-11, 1e10])
+def test_c_star_does_not_depend_on_the_scale_of_the_loss(scale):
+    losses = [lambda *a, scale=scale: scale * r.per_sample_loss(*a) for scale in (1.0, scale)]
+    (_, exact), (_, c_star) = (
+        r.rank1_fisher(Denoiser(), *small_images(), 6, generator(), loss=f) for f in losses
+    )
+    assert float(c_star) == pytest.approx(float(exact), rel=1e-3)
+
+
+class MergingLoRA(torch.nn.Linear):
+    """As loralib has it: in eval() the low-rank weights are added to the frozen ones, in train() taken off."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight.requires_grad_(False)
+        self.a, self.b = (torch.nn.Parameter(torch.randn(2, n, generator=generator(n)) / 9) for n in sizes)
+        self.merged = False
+
+    def train(self, mode=True):
+        if self.merged == mode:
+            self.weight.data += (1 - 2 * mode) * self.b.T @ self.a
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.a.T @ self.b)
+
+
+def test_lora_that_merges_its_weights_in_eval_mode_is_taken_apart_and_left_as_it_was():
+    model, images = Denoiser(), small_images()
+    model.net = MergingLoRA(81, 64)
+    before = copy.deepcopy(model.state_dict())
+    exact, c_star, g, _ = rank1_one_by_one(model, *images, 6)
+    found = (
+        r.rank1_fisher(model, *images, 6, generator(3)),
+        r.diagonal_fisher(model, *images, 6, generator(3)),
+    )
+    assert_close_to_its_largest(found[0][0], exact, 1e-3)
+    assert float(found[0][1]) == pytest.approx(c_star, rel=1e-3)
+    assert_close_to_its_largest(found[1], g.square().mean(0), 1e-3)
+    assert all(v.equal(before[name]) for name, v in model.state_dict().items())
+
+
+def test_sums_over_a_bfloat16_model_are_in_float32_and_its_penalty_can_be_computed():
+    model, x, y = (
+        torch.nn.Linear(5, 1).bfloat16(),
+        torch.randn(40, 5, generator=generator()),
+        torch.arange(40),
+    )
+    loss = lambda model, x0, t, eps, y: model(x0.bfloat16()).square().flatten()
+    mu, c_star = r.rank1_fisher(model, x, y, 40, generator(), loss=loss)
+    diagonal = r.diagonal_fisher(model, x, y, 40, generator(), loss=loss)
+    assert {v.dtype for v in (mu, c_star, diagonal)} == {torch.float32}
+    for penalty, fisher in ((r.Rank1Penalty(1.0), (mu, c_star)), (r.DiagonalPenalty(1.0), diagonal)):
+        penalty.add(fisher, model)
+        assert penalty(model) == 0
 
 
 def test_the_fishers_are_of_the_trainable_weights_alone():
@@ -489,6 +559,9 @@ def test_weights_that_changed_since_the_last_task_are_refused_by_name():
     for call in (penalty, penalty.drift, lambda weights: penalty.add((weights_of(grown), 1.0), weights)):
         with pytest.raises(ValueError, match=r"classes.weight was \[10, 16\], is \[12, 16\]"):
             call(grown)
+    with pytest.raises(ValueError, match="not finite"):
+        penalty.add((weights_of(model) * math.nan, 1.0), model)
+    assert penalty(torch.compile(model)) == 0  # whose weights have other names
     with pytest.raises(ValueError, match="the penalty holds .* weights"):
         penalty(weights_of(grown))
     with pytest.raises(ValueError, match="trainable"):
@@ -905,8 +978,9 @@ def python(*arguments, check=True, env=None, **options):
     return subprocess.run([sys.executable, *map(str, arguments)], text=True, check=check, **options)
 
 
-def test_importing_changes_nothing_loads_nothing_heavy_and_needs_no_home_folder():
+def test_importing_changes_nothing_loads_nothing_heavy_and_needs_no_home_folder(monkeypatch):
     env = {"RANK": "1", "WORLD_SIZE": "x", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "left over"}
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # which importing torchvision sets
     assert python("-c", IMPORTS, env=env).stdout == "set()\n"
 
 
