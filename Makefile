@@ -184,6 +184,9 @@ binds: $(call some,0 1,constant/studies,$(BOUND))
 binds:  ## how far the weights move along mu and the top eigenvector, without the penalty and with it
 long-pilot: OVER = replay_per_class
 long-pilot: $(call some,200 201,long/pilot,$(addprefix gd+replay-per-class=,200 50 20))
+long-lambda: OVER = lam
+LONG = $(addsuffix +replay-per-class=50,gd $(addprefix rank1+lam=,10 100 300))
+long-lambda: $(call some,200 201,long/pilot,$(LONG))  ## which lambda there, of the pool that passed the gate
 long-pilot:  ## ten tasks of one class: where does GD forget? seeds 200 and 201
 search-fashion: OVER = curvature
 search-fashion: $(call some,100,fashion/search,$(addsuffix +epochs=1,gd $(addprefix rank1+lam=,10 100 1000 10000)))
@@ -200,7 +203,8 @@ COMPARED = search-rate search-lambda search-falling search-alone confirm ten-see
 COMPARED += ten-seeds-constant nine-seeds-constant lambda-falling replay-steps replay-pool small-pool lambda
 COMPARED += lambda-ema confirm-ema ten-seeds-ema average timesteps directions against-mu against-mu-tenth
 COMPARED += confirm-rank4 ten-seeds-rank4 rank4-falling binds search-fashion average-fashion long-pilot
-$(COMPARED):
+TO_RUN = long-lambda
+$(COMPARED) $(TO_RUN):
 	$(PY) -m results.report $(^D) --over $(OVER) $(if $|,--against $(dir $|)) --to results/$@
 
 JOINT = joint+seed=0/model.pt
@@ -226,4 +230,4 @@ check-numbers:  ## the tables of the runs in results/ anew, and in the READMEs
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet fashion-small table1
 .PHONY: fig1 fig2 fig3 fig4 fig5 vae movement fisher fisher-fashion falling constant check-numbers FORCE
-.PHONY: $(COMPARED)
+.PHONY: $(COMPARED) $(TO_RUN)

@@ -171,7 +171,7 @@ def test_a_prediction_that_would_broadcast_is_refused_wherever_a_model_is_called
 
 
 def test_a_model_that_works_in_place_does_not_change_its_input():
-    x0, t, eps, y = small_batch()
+    x0, t, _, y = small_batch()
     before = x0.clone()
     assert r.predict_noise(lambda x, t, y: x.mul_(2), x0, t, y).equal(2 * before) and x0.equal(before)
 
