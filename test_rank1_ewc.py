@@ -170,6 +170,11 @@ def test_a_prediction_that_would_broadcast_is_refused_wherever_a_model_is_called
             function(*arguments)
 
 
+def test_with_a_teacher_an_odd_number_of_rows_is_refused():
+    with pytest.raises(ValueError, match="half of the rows must be real"):
+        r.losses(small_unet(), small_unet(), *small_batch(5))
+
+
 def test_a_model_that_works_in_place_does_not_change_its_input():
     x0, t, _, y = small_batch()
     before = x0.clone()
@@ -323,6 +328,13 @@ def test_c_star_does_not_depend_on_the_scale_of_the_loss(scale):
         r.rank1_fisher(Denoiser(), *small_images(), 6, generator(), loss=f) for f in losses
     )
     assert float(c_star) == pytest.approx(float(exact), rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_in_the_second_pass_is_refused_as_in_the_first():
+    turns = itertools.count()
+    loss = lambda *batch: r.per_sample_loss(*batch) * (math.nan if next(turns) else 1.0)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        r.rank1_fisher(Denoiser(), *small_images(), 6, generator(), loss=loss)
 
 
 class MergingLoRA(torch.nn.Linear):
@@ -727,6 +739,12 @@ def test_training_leaves_the_weights_where_a_recorded_step_reads_them_in_memory(
         spy(monkeypatch, r, name, see)
     tiny("--ema=0.9", method=method)
     assert places == 10 * places[:1]
+
+
+def test_a_checkpoint_at_a_tasks_end_holds_no_old_teacher_and_no_optimizer(tiny, tmp_path):
+    tiny("--ema=0.9", method="gd")
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert [saved[name] for name in ("teacher", "optimizer", "average")] == 3 * [None]
 
 
 def test_the_model_trains_in_train_mode_with_a_teacher_in_eval_mode(tiny):
