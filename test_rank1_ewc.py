@@ -1491,85 +1491,88 @@ def test_a_figure_of_a_run_or_its_first_task_comes_with_its_numbers(tmp_path, fi
 
 
 # ---- results/report.py: what finished runs say together
-REFUSED_RUNS = [
-    ({"method": "rank1", "epochs": 2}, "do not belong in one table --epochs 1 and 2"),
-    ({}, "/a and /b are the same row and seed"),
-    ({"method": "gdd"}, "/b/result.json gdd"),
-    ({"seed": 1, "fid": [[5.0, None]]}, "/b/result.json damaged or lacks parts"),
-]
-
-
 def hand_made_run(folder, method="gd", seed=0, afid=20.0, **other):
     """A result.json of two tasks, of no real run; `other`: parts of it, or settings."""
     run = {"dataset": "fashion", "method": method, "lam": 0.0, "seed": seed, "fid_features": "inception"}
-    run |= {"fid": [[5.0, None], [afid + 2, afid - 2]], "afid": [5.0, afid], "forgetting": 2.0}
+    run |= {"fid": [[5.0, None], [afid + 2, afid - 2]], "afid": [5.0, afid], "forgetting": 2.0, "data": None}
     run |= {"fid": [[afid, afid]], "afid": [afid], "forgetting": None} if method == "joint" else {}
-    run |= {"fid_real": [1.0, 1.0], "fisher": [], "fid_pooled": None, "script": "0123"}
+    run |= {"fid_real": [1.0, 1.0], "fisher": [], "drift": [], "fid_pooled": None, "script": "0123"}
     run |= {name: value for name, value in other.items() if name in run}
-    run["config"] = {name: value for name, value in other.items() if name not in run}
+    usual = r.settings_of(r.parse_args(["--dataset", run["dataset"]]))
+    run["config"] = usual | {name: value for name, value in other.items() if name not in run}
     r.write_json(folder / "result.json", run)
+    return folder
 
 
-def test_table_1_has_means_errors_the_differences_from_gd_and_the_papers_numbers(tmp_path, capsys):
+def reported(*argv, to, measure="AFID"):
+    """The lines of the CSV that the report writes to a name, or into a folder, of one measure."""
+    report.main([*map(str, argv), "--to", str(to)])
+    path = to / "table1.csv" if to.is_dir() else to.with_suffix(".csv")
+    lines = csv.DictReader(path.read_text().splitlines())
+    return [line for line in lines if line["measure"] == measure]
+
+
+def test_table_1_has_means_errors_differences_from_gd_the_papers_numbers_and_both_pictures(tmp_path, capsys):
     for seed, afid in enumerate((20.0, 26.0)):
         hand_made_run(tmp_path / f"gd{seed}", "gd", seed, afid)
-    hand_made_run(tmp_path / "ema", ema=0.99, script="cdef")
     hand_made_run(tmp_path / "joint", "joint", fid_pooled=6.0)
-    hand_made_run(tmp_path / "rank1", "rank1", 0, 18.0, lam=10.0, fisher=[{"energy": 1.0}, {"energy": 2.0}])
-    report.main([str(tmp_path)])
-    tables = (tmp_path / f"{name}.csv" for name in ("table1", "paired"))
-    rows, differences = ([*csv.DictReader(path.read_text().splitlines())] for path in tables)
-    rows = {row["method"]: row for row in rows}
-    numbers = [float(rows["gd"][name]) for name in ("AFID", "AFID s.e.", "forgetting")]
-    assert numbers == pytest.approx([23, 3, 2])
-    assert (rows["joint"]["pooled FID"], rows["joint"]["forgetting"]) == ("6.0", "")
-    assert (rows["rank1"]["curvature"], rows["diag"]["seeds"]) == ("15.0", "0")
-    assert rows["diag-only"]["paper: AFID / forgetting"] == "99.9 / 81.7 *"
-    assert "gd --ema 0.99" in rows and "rank4" not in rows  # not the paper's: only where there are runs
-    (afid,) = [row for row in differences if (row["method"], row["measure"]) == ("rank1", "AFID")]
-    assert (afid["against"], afid["seeds"], float(afid["mean"])) == ("gd", "1", -2)
-    text = (tmp_path / "table1.md").read_text()
-    assert text in capsys.readouterr().out
-    told = "23.0 ± 3.0|ema 0.99 (paper 0)|real training images have 1.0|0123 (4 runs)|cdef (1 runs)"
-    assert all(words in text for words in [*told.split("|"), "run: mnist, cifar10"])
-    assert {path.name for path in tmp_path.glob("*.png")} == {"figure4.png", "figure5-fashion.png"}
+    fisher = [{"energy": energy, "c_star": 4.0, "mu_norm": 0.5} for energy in (1.0, 2.0)]
+    hand_made_run(tmp_path / "rank1", "rank1", 0, 18.0, lam=10.0, fisher=fisher, drift=[[1.0, 1.0]])
+    _, gd, rank1 = reported(tmp_path, to=tmp_path)
+    assert [float(gd[name]) for name in ("mean", "standard_error")] == pytest.approx([23, 3])
+    assert [rank1[name] for name in ("curvature", "against", "difference")] == ["15", "gd", "-2"]
+    text = (tmp_path / "table1.md").read_text(encoding="utf-8")
+    told = (
+        "23.0 ± 3.0|-2.00, -10.0%|15.4 / 0.9|6.0 |lam 10 (paper 15000)|training images have 1.0|0123 (4 runs)"
+    )
+    assert [words for words in told.split("|") if words not in text] == [] and text in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.png")} == {"figure4.png", "figure5.png"}
 
 
-def test_runs_on_different_features_stay_apart_in_one_report(tmp_path):
-    for features, afid in (("inception", 20.0), ("fashion-classifier", 200.0)):
-        for method, add in (("gd", 0), ("rank1", afid / 10)):
-            folder = tmp_path / features / method
-            hand_made_run(folder, method, 0, afid + add, lam=10.0, fid_features=features)
-    report.main([str(tmp_path)])
-    rows = [line.split("|") for line in (tmp_path / "summary.md").read_text().splitlines()[2:]]
-    found = {(row[1].strip(), row[2].strip()): row[7].strip() for row in rows}
-    expected = {"fashion (inception)": "+2.00", "fashion (fashion-classifier)": "+20.00"}
-    assert {name: found[name, "rank1"] for name in expected} == expected
-    assert len([*tmp_path.glob("figure5-*.png")]) == 2
+def test_runs_of_different_datasets_or_features_stay_apart_in_one_report(tmp_path):
+    expected = [
+        ("digits", "x", "20", ""),
+        ("fashion", "inception", "2", "15.4 / 0.9"),
+        ("fashion", "x", "5", ""),
+    ]
+    for (dataset, features, add, _), method in itertools.product(expected, ("gd", "rank1")):
+        afid, folder = 20 + float(add) * (method == "rank1"), tmp_path / dataset / features / method
+        hand_made_run(folder, method, 0, afid, dataset=dataset, fid_features=features)
+    lines = [line for line in reported(tmp_path, to=tmp_path) if line["method"] == "rank1"]
+    columns = "dataset", "fid_features", "difference", "paper"
+    assert [tuple(line[name] for name in columns) for line in lines] == expected
+    assert len([*tmp_path.glob("figure5-*.png")]) == 3
 
 
 def test_the_baseline_of_a_run_is_gd_alone_and_of_gd_with_a_flag_gd_without_it(tmp_path):
     small = {name: value for name, value in r.SMALL.items() if name not in ("lam", "fid")}
-    rank1 = {"method": "rank1", "lam": 10.0}
+    rank1, ema, pool = {"method": "rank1", "lam": 10.0}, {"ema": 0.9}, {"replay_per_class": 10}
     rows = {"small": small, "small ema": small | {"lr": 2e-3, "lr_decay": "none", "ema": 0.9}, "gd": {}}
-    ema, pool = {"ema": 0.9}, {"replay_per_class": 10}
-    rows |= {"ema": ema, "pool": pool, "both": ema | pool}
+    rows |= {"ema": ema, "pool": pool, "both": ema | pool, "seed": rank1 | {"seed": 1}}
     rows |= {"rank1": rank1, "rank1 ema": rank1 | ema, "rank1 epochs": rank1 | {"epochs": 7}}
-    rows |= {"seed": rank1 | {"seed": 1}}
-    for name, other in rows.items():
-        hand_made_run(tmp_path / name, **other)
-    runs = {name: report.read_run(tmp_path / name) for name in rows}
-    found = {name: report.baseline(run, runs.values()) for name, run in runs.items()}
-    found = {name: gd["folder"].name for name, gd in found.items() if gd}
+    runs = report.read_runs([hand_made_run(tmp_path / name, **other) for name, other in rows.items()])
+    names = runs["folder"].map(lambda folder: folder.name)
+    found = {name: names[i] for name, i in zip(names, report.find_baselines(runs)) if i >= 0}
     # Of "both" it could be ema or pool.
     assert found == {"small ema": "small", "ema": "gd", "pool": "gd", "rank1": "gd", "rank1 ema": "ema"}
 
 
-@pytest.mark.parametrize(("other", "words"), REFUSED_RUNS)
-def test_runs_that_belong_in_no_table_are_refused_in_one_line(tmp_path, capsys, other, words):
-    hand_made_run(tmp_path / "a", epochs=1)
-    hand_made_run(tmp_path / "b", **{"epochs": 1} | other)
-    assert_refused(capsys, words, tmp_path, main=report.main)
+def test_a_row_is_named_with_what_sets_it_apart_and_an_older_runs_method_as_it_is_called_now(tmp_path):
+    for name, other in enumerate(({}, {"form": "proximal"}, {"fisher_timesteps": [0, 333], "ema": 0.9})):
+        hand_made_run(tmp_path / str(name), "rank1", lam=10.0, **other)
+    assert [*report.read_runs([tmp_path])["line"]] == ["rank1", "rank1-low --ema 0.9", "rank1-proximal"]
+
+
+def test_runs_that_cannot_be_reported_together_are_refused_in_one_line(tmp_path, capsys):
+    other_runs = {
+        "are the same row and seed": {},
+        "learned different data": {"method": "rank1", "data": "cdef"},
+    }
+    other_runs |= {"/b/result.json gdd": {"method": "gdd"}, "damaged or lacks parts": {"fid": [[5.0, None]]}}
+    hand_made_run(tmp_path / "a", data="0123")
+    for words, other in other_runs.items():
+        hand_made_run(tmp_path / "b", **other)
+        assert_refused(capsys, f"{words} {tmp_path}", tmp_path, main=report.main)
 
 
 def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(tmp_path):
@@ -1577,49 +1580,108 @@ def test_a_comparison_has_the_means_over_a_setting_and_the_differences_from_gd(t
         hand_made_run(tmp_path / f"gd{seed}", "gd", seed, afid)
         for lam in (10.0, 100.0, 1000.0):
             hand_made_run(tmp_path / f"rank1-{lam}-{seed}", "rank1", seed, afid + lam / 100, lam=lam)
-    report.main([*map(str, tmp_path.iterdir()), "--over", "lam", "--to", str(tmp_path / "new/lambda")])
-    content = json.loads((tmp_path / "new/lambda.json").read_text())
-    afid = {(row["line"], row["lam"]): [row["AFID"], row["AFID s.e."]] for row in content["rows"]}
-    assert afid.keys() == {("gd", None), ("rank1", 10), ("rank1", 100), ("rank1", 1000)}
-    assert afid["rank1", 1000] == pytest.approx([33, 3])
-    means = {(row["lam"], row["measure"]): row["mean"] for row in content["paired"]}
-    assert [means[10, "AFID"], means[1000, "AFID"], means[10, "forgetting"]] == pytest.approx([0.1, 10, 0])
+    lines = reported(*tmp_path.iterdir(), "--over", "lam", to=tmp_path / "new/lambda")
+    assert [line["lam"] for line in lines] == ["", "10", "100", "1000"]
+    assert [float(lines[3][name]) for name in ("mean", "standard_error")] == pytest.approx([33, 3])
+    assert [float(line["difference"]) for line in lines[1:]] == pytest.approx([0.1, 1, 10])
     assert (tmp_path / "new/lambda.png").stat().st_size > 10_000
 
 
 def test_a_comparison_with_another_row_than_gd_has_the_interval_of_a_paired_t_test(tmp_path, capsys):
     afids = {"gd": (10.0, 10.0, 10.0), "rank1": (20.0, 26.0, 22.0), "rank1-eig": (18.5, 25.0, 23.0)}
-    runs = {method: [tmp_path / f"{method}-{seed}" for seed in range(3)] for method in afids}
-    for method, folders in runs.items():
-        for seed, folder in enumerate(folders):
-            hand_made_run(folder, method, seed, afids[method][seed])
-    command = [*runs["rank1-eig"], "--over", "lam", "--to", tmp_path / "direct", "--against", *runs["rank1"]]
-    report.main([*map(str, command)])
-    afid, *_ = json.loads((tmp_path / "direct.json").read_text())["paired"]
-    assert (afid["measure"], afid["against"].split()[0], afid["seeds"]) == ("AFID", "rank1", 3)
+    runs = {method: [] for method in afids}
+    for method, seed in itertools.product(afids, range(3)):
+        runs[method].append(hand_made_run(tmp_path / f"{method}-{seed}", method, seed, afids[method][seed]))
+    command = [*runs["rank1-eig"], "--over", "lam", "--against", *runs["rank1"]]
+    (afid,) = reported(*command, to=tmp_path / "direct")
     interval = scipy.stats.ttest_rel(afids["rank1-eig"], afids["rank1"]).confidence_interval(0.95)
-    assert [afid["mean"], afid["low"], afid["high"]] == pytest.approx([-0.5, *interval])
-    assert_refused(capsys, "--against", *command, *runs["gd"], main=report.main)
+    found = [float(afid[name]) for name in ("difference", "low", "high", "share", "share_low", "share_high")]
+    expected = np.array([-0.5, *interval])
+    assert found == pytest.approx([*expected, *(100 * expected / np.mean(afids["rank1"]))])
+    assert (afid["against"].split()[0], afid["pairs"], afid["seeds"]) == ("rank1", "3", "0-2")
+    assert_refused(capsys, "--against", *command, *runs["gd"], "--to", tmp_path / "x", main=report.main)
 
 
-def test_drift_is_told_along_unit_vectors_of_all_directions_of_a_task():
-    run = {"fisher": [{"mu_norm": 2.0}, {"mu_norm": 0.5}], "drift": [[9.0, 9.0], [4.0, -4.0, 1.0, 1.0]]}
-    assert report.mean_drift([run]) == "2.0e+00"
+def test_the_rise_from_best_is_from_the_lowest_fid_after_any_earlier_task_that_had_learned_it(tmp_path):
+    fid = [[9.0, None, None], [4.0, 8.0, None], [7.0, 6.0, 5.0]]
+    run = report.read_run(hand_made_run(tmp_path, fid=fid, fid_real=[1.0, 1.0, 1.0]) / "result.json")
+    assert run["rise from best"] == ((7 - 4) + (6 - 8)) / 2
 
 
-def test_c_star_and_the_norm_of_mu_are_told_from_the_smallest_to_the_largest_where_there_is_a_mu():
-    fisher = [{"c_star": 128.0, "mu_norm": 2.0}, {"c_star": 14.04, "mu_norm": 0.5}]
-    spans = {"c*": "14 to 130", "norm of mu": "0.5 to 2"}
-    assert report.span_of_mu([{"method": "rank1", "fisher": fisher}]) == spans
-    assert report.span_of_mu([{"method": "rank4", "fisher": fisher}]) == dict.fromkeys(spans)
+def test_of_ten_seeds_it_tells_how_old_tasks_changed_and_whether_both_halves_agree(tmp_path):
+    for seed in range(10):
+        hand_made_run(tmp_path / f"gd{seed}", "gd", seed)
+        hand_made_run(tmp_path / f"rank1{seed}", "rank1", seed, 20 + seed % 5 / 10 + (seed > 4))
+    reported(tmp_path, to=tmp_path)
+    text, first = (tmp_path / "table1.md").read_text(encoding="utf-8"), np.arange(5) / 10
+    t, ranks = (test(first, first + 1).pvalue for test in (scipy.stats.ttest_ind, scipy.stats.mannwhitneyu))
+    assert "- gd, change of each old task's FID since it was learned: +17.0." in text
+    assert (
+        f"+0.20 on seeds 0-4, +1.20 on seeds 5-9 (are these alike? p = {t:.1g} by Welch's t, {ranks:.1g}"
+        in text
+    )
+
+
+def test_drift_is_told_along_unit_vectors_and_c_star_and_mu_where_there_is_a_mu(tmp_path):
+    fisher = [{"mu_norm": n, "c_star": c, "energy": 1.0} for n, c in ((2.0, 128.0), (0.5, 14.04))]
+    hand_made_run(tmp_path / "a", "rank4", fisher=fisher, drift=[[9.0], [4.0, -4.0, 1.0, 1.0]])
+    hand_made_run(tmp_path / "b", "rank1", fisher=fisher, drift=[[9.0], [4.0, -1.0]])
+    rank1, rank4 = (report.of_penalty(row) for _, row in report.read_runs([tmp_path]).groupby("line"))
+    assert rank4 == {"curvature": 0, "c*": None, "norm of mu": None, "drift": 2}
+    assert rank1 == {"curvature": 0, "c*": "14 to 130", "norm of mu": "0.5 to 2", "drift": 2}
+
+
+def test_a_tally_counts_each_row_of_a_penalty_that_is_added_to_gd_once():
+    rows = ["line,lam,seeds,against,measure,pairs,difference,low,high", "rank1,10,0-4,gd,AFID,5,-1,-2,-0.5"]
+    rows += ["diag,1,0-4,gd,AFID,5,2,1,3", "rank1,1,0-4,gd,AFID,5,0,-1,1", "rank2,1,0-4,rank1,AFID,5,2,1,3"]
+    rows += ["rank1,10,0-4,gd,forgetting,5,-1,-2,-1", "gd --ema 0.9,,0-4,gd,AFID,5,-3,-4,-2"]
+    Path("a.csv").write_text("\n".join(rows))
+    Path("b.csv").write_text("\n".join(rows[:3]).replace("line", "method"))
+    report.main(["--tally", "a.csv", "b.csv", "--to", "tally.md"])
+    text = Path("tally.md").read_text()
+    assert "in 3 rows" in text and "below 0 in 1 of them and above 0 in 1;" in text
+    assert text.count("| a ") == 2 and "-1.00 (-2.00 to -0.50)" in text
+
+
+@pytest.mark.slow
+def test_a_finished_runs_model_generates_images_of_the_classes_that_are_asked_for(finished, tmp_path, capsys):
+    run, to = finished(), tmp_path / "images.png"
+    report.main(["--sample", str(run), "--classes", "3,7", "--to", str(to)])
+    assert torchvision.io.read_image(str(to)).shape == (3, 2 * 66 + 2, 10 * 66 + 2)
+    assert_refused(capsys, "--classes 10 0 to 9", "--sample", run, "--classes", "3,10", main=report.main)
+    run = hand_made_run(tmp_path)
+    assert_refused(capsys, "model.pt is missing", "--sample", run, "--classes", "3", main=report.main)
 
 
 def test_a_text_includes_the_tables_as_their_files_now_are():
-    Path("table.md").write_text("| new |\n")
+    Path("table.md").write_text("| new ± |\n", encoding="utf-8")
     text = 2 * "before\n<!-- include: table.md -->\n{}<!-- end -->\nafter\n"
-    Path("README.md").write_text(text.format("| old |\n", "| old |\n"))
+    Path("README.md").write_text(text.format("| old |\n", "| old |\n"), encoding="utf-8")
     report.main(["--include", "README.md"])
-    assert Path("README.md").read_text() == text.format("| new |\n", "| new |\n")
+    assert Path("README.md").read_text(encoding="utf-8") == text.format("| new ± |\n", "| new ± |\n")
+
+
+def anchor(heading):
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_link_and_picture_of_the_texts_leads_somewhere():
+    root, broken = SCRIPT.parent, []
+    paths = [*root.glob("*.md"), *root.glob("results/**/*.md")]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    anchors = {path: {*map(anchor, re.findall("^#+ (.*)$", texts[path], re.MULTILINE))} for path in texts}
+    for path, text in texts.items():
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+        links = re.findall(r'(?:\]\(|src=")([^)\s"]+)', prose)
+        tables = re.findall("<!-- include: (.+?) -->", prose)
+        for link in [link for link in links if "://" not in link]:
+            to, _, heading = link.partition("#")
+            target = (path.parent / to).resolve() if to else path
+            if not target.exists() or heading and heading not in anchors[target]:
+                broken.append((path.name, link))
+        broken += [(path.name, table) for table in tables if not (root / table).exists()]
+    assert broken == []
 
 
 @pytest.mark.slow

@@ -1,556 +1,533 @@
 """What finished runs of rank1_ewc.py say together: the paper's Table 1, Figures 4 and 5, and comparisons.
 
-    python -m results.report RUNS                                        # every finished run below a folder
-    python -m results.report RUN RUN .. --over lam --to results/lambda   # these runs, over a setting or curvature
-    python -m results.report RUN .. --over lam --to results/direct --against RUN ..    # from these, not from GD
-    python -m results.report --include README.md          # renew the tables that a text includes, from files
+    python -m results.report runs/digits                        # Table 1 of every finished run below a folder
+    python -m results.report RUN RUN .. --over lam --to lambda  # runs compared over a setting, or "curvature"
+    python -m results.report RUN .. --over lam --to direct --against RUN ..      # with these runs, not with GD
+    python -m results.report runs/digits --rows finetune,gd --to picture.png     # Figure 5 alone, of these rows
+    python -m results.report --sample RUN --classes 3,7         # ten images of each class, by a run's model
+    python -m results.report --include README.md                # renew the tables that a text includes
+    python -m results.report --tally results/pages/*/*.csv      # how often a penalty helps or hurts GD
 
-The first writes table1.md, table1.csv, paired.md, paired.csv, summary.md, figure4.png and
-figure5-<dataset>.png into RUNS, the second results/lambda.md, .json and .png. A row is a method, named with
-the flags that set it apart ("gd --ema 0.99"); its runs differ in the seed alone. Only result.json and
-samples-task*.png are read. In a text, all between a line "<!-- include: FILE -->" and the next "<!-- end -->"
-becomes FILE as it now is, its path from the checkout's root on.
+The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the first folder;
+the second lambda.md, lambda.csv and, where there are three points or more, lambda.png. A row is a method, named
+with the settings in which it differs from others ("gd --ema 0.99"); its runs differ in the seed alone. In a
+text, all between a line "<!-- include: FILE -->" and the next "<!-- end -->" becomes FILE as it now is.
 """
 
 import argparse
-import csv
-import io
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import chain, combinations, cycle
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.ticker import LogLocator, MaxNLocator
-from scipy.stats import t as student_t
+from matplotlib.ticker import LogLocator
+from scipy import stats
+from torch.nn.functional import interpolate
+from torchvision.utils import save_image
 
 import rank1_ewc as r
 from results import beyond
 
-ROWS = ("joint", "diag-only", "rank1-only", "gd", "diag", "rank1")  # of the paper's Table 1
-PUBLISHED = {  # AFID / forgetting there, row by row; *: from the authors' result files
-    "mnist": ("2.6 / -", "62.2 / 51.1", "65.2 / 58.3", "10.1 / 2.3", "14.3 / 5.2", "7.6 / 0.6"),
-    "fashion": ("5.7 / -", "99.9 / 81.7 *", "96.9 / 82.1 *", "19.1 / 3.9", "27.7 / 9.1", "15.4 / 0.9"),
-    "cifar10": ("23.3 / -", "128.6 / 74.4 *", "120.0 / 77.4 *", "61.2 / 16.6", "72.6 / 17.9", "50.5 / 7.4"),
-    "imagenet32": ("11.7 / -", "86.1 / 34.2", "74.3 / 41.3", "69.0 / 46.2", "73.8 / 25.8", "48.5 / 15.2"),
-}
-CURVES = {  # the paper's Figure 4: AFID after tasks 1 to 5, and its standard errors over three seeds
-    ("mnist", "gd"): ((8.3, 9.1, 9.7, 8.7, 10.1), (0.1, 0.8, 0.6, 0.5, 0.9)),
-    ("mnist", "diag"): ((8.3, 10.9, 13.6, 13.0, 14.3), (0.1, 1.8, 1.6, 1.8, 1.3)),
-    ("mnist", "rank1"): ((8.3, 8.8, 8.0, 8.6, 7.6), (0.1, 0.5, 0.5, 0.1, 0.1)),
-    ("fashion", "gd"): ((16.7, 16.7, 18.2, 19.2, 19.1), (3.3, 1.5, 1.5, 0.8, 0.9)),
-    ("fashion", "diag"): ((16.7, 17.0, 18.8, 25.3, 27.7), (3.3, 1.7, 1.1, 1.9, 2.2)),
-    ("fashion", "rank1"): ((16.7, 15.4, 15.3, 15.3, 15.4), (3.3, 2.1, 1.5, 0.9, 0.6)),
-    ("cifar10", "gd"): ((37.6, 50.1, 54.7, 59.3, 61.2), (1.0, 4.4, 0.9, 4.2, 3.2)),
-    ("cifar10", "diag"): ((37.6, 52.9, 64.1, 72.8, 72.6), (1.0, 1.3, 2.5, 6.4, 3.2)),
-    ("cifar10", "rank1"): ((37.6, 48.4, 51.5, 53.0, 50.5), (1.0, 1.0, 1.3, 0.4, 1.2)),
-}
-MEASURES = ("AFID", "forgetting", "FID of a task just learned")
-OF_PENALTY = {"lam", "form", "fisher_samples", "fisher_timesteps"}  # gd has none
-ALL_METHODS = r.METHODS | beyond.METHODS
-METHODS, DATASETS = list(ALL_METHODS), list(r.DATASETS)
-COLORS = [f"C{i}" for i in range(10)] + ["black", "gold", "lime", "navy", "tan", "crimson"]
-LEGEND = """Mean ± standard error over the seeds; curvature: what the penalty adds, mean lambda c* ||mu||^2 (of
-the diagonal lambda times its trace); *: the authors' files."""
-PAIRED = ("dataset", "method", "against", "measure", "seeds", "mean", "low", "high")  # columns
-ROW_FLAGS = ("ema", "form")  # of Table 1: what a row is named with, beside its method
-Rows = dict  # what tells a row from others -> its runs, one a seed
+PAGES = Path(__file__).parent / "pages"
+METHODS = r.METHODS | beyond.METHODS
+OLDER = {"loss": None, "proximal": "rank1-proximal"}  # form and fisher_timesteps of older runs: methods now
+OLDER |= {"0,1000": None, "0,333": "rank1-low", "333,667": "rank1-middle", "667,1000": "rank1-high"}
+OF_PENALTY, OF_REPLAY = {"lam", "fisher_samples"}, {"replay_per_class", "replay_steps"}  # settings
+MEASURES = ["AFID", "forgetting", "FID just learned", "rise from best", "pooled FID"]
+HAVE_SHARES = ("AFID", "FID just learned")  # forgetting may be about 0: a share of it says nothing
+DPI = 120  # of pictures
+ROW = ["dataset", "fid_features", "line", "at"]  # the columns that tell rows apart
+LEGEND = """FID just learned: mean over the tasks of the FID right after each was learned. Rise from best: mean over
+the old tasks of the final FID minus the lowest before. Curvature: what the penalty adds, mean lambda c* ||mu||^2
+(of the diagonal lambda times its trace)."""
+PLAIN_WORDS = {"joint": "all classes at once", "finetune": "no protection", "replay": "replay alone"}
+PLAIN_WORDS |= {"gd": "generative distillation", "diag": "gd + diagonal EWC", "rank1": "gd + rank-1 EWC"}
+PLAIN_WORDS |= {"diag-only": "diagonal EWC alone", "rank1-only": "rank-1 EWC alone"}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# A run is what its result.json holds, and with it "folder", "settings", "measures" and "curvature".
+# ---- Runs: a table with a line per run, its columns the parts of result.json and what is computed from them.
 
 
-def plain(value):
-    """A setting as one would type it: [16, 32] -> "16,32", 10.0 -> 10, True -> "True"."""
-    if isinstance(value, list | bool):
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def as_text(value) -> str:
+    """A setting as one would type it: [16, 32] -> "16,32", 10.0 -> "10"."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-PAPER = r.settings_of(r.Settings(**{name: plain(row[0]) for name, row in r.SETTINGS.items()}))
-PAPER |= {name: plain(value) for name, value in r.RETIRED.items()}  # older runs name these
-PAPER |= {"bf16": "False", "replay_steps": PAPER["sample_steps"]}  # where result.json does not say
+@cache
+def usual_settings(dataset: str, channels: str = "") -> dict[str, str]:
+    """What a dataset's settings are where no flag says otherwise; or with --small, of these channels."""
+    small = dataset != "digits" and channels == as_text(r.SMALL["channels"])
+    cfg = r.parse_args(["--dataset", dataset, *["--small"] * small])
+    settings = r.settings_of(cfg) | {"replay_steps": cfg.sample_steps}
+    return {name: as_text(value) for name, value in settings.items()}
 
 
-def all_settings(named: dict) -> dict:
-    """The paper's settings, and over them those named; the pool takes the samples' steps if it names none."""
-    named = {name: plain(value) for name, value in named.items() if value is not None}
-    return PAPER | {"replay_steps": named.get("sample_steps", PAPER["sample_steps"])} | named
-
-
-def read_run(folder: Path) -> dict:
-    """The finished run in a folder. Stops if there is none, or if result.json is damaged or lacks parts."""
-    path = folder / "result.json"
-    if not path.is_file():
-        r.stop(f"{folder} holds no finished run (result.json): train it first, or leave it out")
+def read_run(path: Path) -> dict:
+    """A finished run, of its result.json. Stops if this is damaged or lacks parts."""
     run = r.read_result(path)
     try:
-        method, tasks, fid = ALL_METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
-        learned = None if method.joint else float(np.diag(fid).mean())
-        measures = dict(zip(MEASURES, (run["afid"][-1], run["forgetting"], learned)))
-        measures["pooled FID"] = run.get("fid_pooled")
-        curvature = [run["lam"] * fisher.get("energy", fisher.get("trace")) for fisher in run["fisher"]]
-        if fid.shape != (1 if method.joint else tasks, tasks) or run["dataset"] not in DATASETS:
+        settings = run["config"] | {"lam": run["lam"], "tasks": len(run["fid_real"])}
+        settings["replay_steps"] = settings.get("replay_steps") or settings["sample_steps"]
+        settings = {name: as_text(value) for name, value in settings.items() if value is not None}
+        older = OLDER[settings.get("form", "loss")] or OLDER[settings.get("fisher_timesteps", "0,1000")]
+        run["method"] = older or run["method"]
+        method, tasks, fid = METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
+        if fid.shape != (1 if method.joint else tasks, tasks) or run["dataset"] not in r.DATASETS:
             raise ValueError("its dataset is not known, or its numbers are not all there")
-        settings = all_settings(run["config"])
-        settings |= {name: plain(run[name]) for name in ("dataset", "method", "lam", "seed", "fid_features")}
+        fid = np.full((tasks, tasks), np.nan) if method.joint else fid  # fid[j, k]: of task k after task j
+        old, learned = fid[-1, :-1], fid.diagonal()  # of the old tasks at the end; of each right after it
+        rise = (old - np.fmin.reduce(fid[:-1, :-1], axis=0, initial=np.inf)).sum() / max(1, tasks - 1)
+        measures = run["afid"][-1], run["forgetting"], learned.mean(), rise, run.get("fid_pooled")
+        curvature = [run["lam"] * fisher.get("energy", fisher.get("trace")) for fisher in run["fisher"]]
     except r.DAMAGED as error:
         r.stop(f"{path} is damaged or lacks parts ({type(error).__name__}: {error}): leave it out")
-    unused = set() if method.penalty else OF_PENALTY
-    unused = unused if method.replay else unused | {"replay_per_class", "replay_steps"}
-    settings = {name: value for name, value in settings.items() if name not in unused} | {"tasks": tasks}
-    return run | {"folder": folder, "settings": settings, "measures": measures, "curvature": curvature}
+    unused = {"form", "fisher_timesteps", "dataset", "method", "seed", "device", "bf16", "fid_features"}
+    unused |= (set() if method.penalty else OF_PENALTY) | (set() if method.replay else OF_REPLAY)
+    run["settings"] = {name: value for name, value in settings.items() if name not in unused}
+    run |= {"curvature": curvature, "change": old - learned[:-1], "folder": path.parent}
+    return {"script": "unknown", "data": None} | run | dict(zip(MEASURES, measures))
 
 
-def usual_settings(run: dict) -> dict:
-    """What its dataset's settings are, or those of --small, where no flag says otherwise."""
-    small = run["dataset"] != "digits" and run["settings"]["channels"] == plain(r.SMALL["channels"])
-    return all_settings(r.DATASETS[run["dataset"]] | (r.SMALL if small else {}))
+def name_rows(runs: pd.DataFrame, but: str | None = None) -> pd.Series:
+    """Each run's method and the settings, `but` one, that differ and are not as usual: "gd --ema 0.99"."""
+    names = runs["method"].astype(object)
+    for dataset, group in runs.groupby("dataset"):
+        table = pd.DataFrame([*group["settings"]], group.index)
+        usual = usual_settings(dataset, table["channels"].iloc[0])
+        for setting in [name for name in table if table[name].nunique() > 1 and name != but]:
+            unusual = table[setting].where(table[setting] != usual.get(setting))
+            names[group.index] += (f" --{setting.replace('_', '-')} " + unusual).fillna("")
+    return names
 
 
-def row_name(run: dict, names: Iterable[str] = ROW_FLAGS) -> str:
-    """A run's method, and those settings among `names` that are not its dataset's usual: "gd --ema 0.99"."""
-    usual = usual_settings(run)
-    settings = {name: run["settings"].get(name, usual.get(name)) for name in names}
-    flags = [f"--{n.replace('_', '-')} {v}" for n, v in settings.items() if v != usual.get(n)]
-    return " ".join([run["method"], *flags])
+def read_runs(folders: Sequence[Path], only: Sequence[str] = (), over: str | None = None) -> pd.DataFrame:
+    """The finished runs below these folders, of all methods or `only` these, in their order.
 
-
-def group_rows(runs: Sequence[dict], row_of: Callable) -> Rows:
-    """The runs of each row, row_of(run), method after method. Stops if two of a row have the same seed."""
-    rows = {}
-    for run in sorted(runs, key=lambda run: (METHODS.index(run["method"]), row_name(run), run["seed"])):
-        row = rows.setdefault(row_of(run), [])
-        if row and row[-1]["seed"] == run["seed"]:
-            r.stop(f"{row[-1]['folder']} and {run['folder']} are the same row and seed: leave one out")
-        row.append(run)
-    return rows
-
-
-def mean_and_error(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """The mean over the seeds and its standard error. None: no mean if a value is None, of one no error."""
-    if None in values or not values:
-        return None, None
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return float(np.mean(values)), error
-
-
-def means(runs: Sequence[dict], names: Sequence[str] = MEASURES) -> dict[str, float | None]:
-    """The means and standard errors of these measures over the runs of a row."""
-    row = {}
-    for name in names:
-        row[name], row[f"{name} s.e."] = mean_and_error([run["measures"][name] for run in runs])
-    return row
-
-
-def baseline(run: dict, among: Sequence[dict]) -> dict | None:
-    """The run of GD with the same seed that shows what `run` adds: of equal settings but the method.
-
-    Of a run of GD it is the one that differs in the fewest settings, and there is as usual.
+    "line" is what a row is named with: the method and the settings, but for `over`, in which it differs from
+    others. Stops if a folder holds no run, two runs learned different data, or two of a row have the same seed.
     """
-    own, usual, found = run["settings"], usual_settings(run), []
-    for gd in [other for other in among if other["method"] == "gd" and other is not run]:
-        settings = gd["settings"]
-        differing = {n for n in own.keys() & settings.keys() if own[n] != settings[n] and n != "method"}
-        as_usual = run["method"] == "gd" and all(settings[n] == usual.get(n) for n in differing)
-        if own["seed"] == settings["seed"] and (not differing or as_usual):
-            found.append((len(differing), gd))
-    fewest = [gd for n, gd in found if n == min(n for n, _ in found)]
-    return fewest[0] if len(fewest) == 1 else None
+    paths = []
+    for folder in folders:
+        found = sorted(folder.rglob("result.json"))
+        paths += found or r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
+    runs = pd.DataFrame(map(read_run, dict.fromkeys(paths)))
+    for method in {*only} - {*runs["method"]}:
+        r.stop(f"--rows {method}: no finished run; there are {', '.join(runs['method'].unique())}")
+    runs[MEASURES] = runs[MEASURES].astype(float)  # None becomes nan
+    for name, order in ("method", only or METHODS), ("dataset", r.DATASETS):
+        runs[name] = pd.Categorical(runs[name], list(order))  # sorted as these are
+    runs = runs.dropna(subset="method").assign(other=False)  # other: is only there to be paired with
+    runs["name"], runs["line"] = name_rows(runs), name_rows(runs, but=over)
+    runs["at"] = [settings.get(over) for settings in runs["settings"]]
+    runs["size"] = pd.to_numeric(runs["at"], errors="coerce")
+    order = ["dataset", "fid_features", "method", "line", "size", "seed"]
+    runs = runs.sort_values(order, na_position="first", kind="stable", ignore_index=True)
+    known = runs.dropna(subset="data").drop_duplicates(["dataset", "data"])
+    twice = runs[runs.duplicated([*ROW, "seed"], keep=False)], known[known.duplicated("dataset", keep=False)]
+    for two, what in zip(twice, ("are the same row and seed", "learned different data")):
+        if len(two):
+            one, other, *_ = two["folder"]
+            r.stop(f"{one} and {other} {what}: leave one out")
+    return runs
 
 
-def paired(runs: Sequence[dict], base_of: Callable, names: Iterable[str] = ROW_FLAGS) -> list[dict]:
-    """The mean difference of each measure between the runs of a row and others, seed by seed: a line a measure.
+def find_baselines(runs: pd.DataFrame) -> list[int]:
+    """For each run the place of the one that shows what it adds: GD of equal settings and seed. -1: none.
 
-    Each run is paired with base_of(run), which may be None. low and high are the 95% interval of the mean, by
-    Student's t with a degree of freedom less than pairs; None for a single pair. `names`: the settings that
-    the others are named with.
+    For a run of GD it is the one that differs in the fewest settings, and there is as usual.
     """
-    pairs, lines = [(run, base) for run in runs if (base := base_of(run))], []
-    for measure in MEASURES:
-        values = [(run["measures"][measure], base["measures"][measure]) for run, base in pairs]
-        differences = [a - b for a, b in values if None not in (a, b)]
-        if differences:
-            mean, error = mean_and_error(differences)
-            line = {"against": row_name(pairs[0][1], names), "measure": measure, "seeds": len(differences)}
-            line |= {"mean": mean, "low": None, "high": None}
-            if error is not None:
-                half = float(student_t.ppf(0.975, len(differences) - 1)) * error
-                line |= {"low": mean - half, "high": mean + half}
-            lines.append(line)
-    return lines
+    settings, same, found = pd.DataFrame([*runs["settings"]]), ["dataset", "fid_features", "seed"], []
+    for i, run in runs.iterrows():
+        alike = (runs["method"] == "gd") & (runs[same] == run[same]).all(axis=1) & (runs.index != i)
+        own, gds = settings.loc[i], settings[alike]
+        differs = (gds != own) & gds.notna() & own.notna()
+        usual = pd.Series(usual_settings(run["dataset"], own["channels"])).reindex(settings.columns)
+        fits = ~differs | (gds == usual) if run["method"] == "gd" else ~differs
+        differences = differs.sum(axis=1)[fits.all(axis=1)]
+        alone = (differences == differences.min()).sum() == 1
+        found.append(differences.idxmin() if alone else -1)
+    return found
 
 
-def markdown(rows: list[dict]) -> str:
-    """A table, its columns as wide as their widest cell: a mean's standard error behind it, "-" for None.
+# ---- Numbers and tables.
 
-    Columns of None alone are left out.
+
+def statistics(values: pd.Series, bases: pd.Series) -> dict[str, float]:
+    """Of a measure of a row's runs, and of the runs that these are paired with (nan: none).
+
+    low and high are the 95% interval of the mean difference, by Student's t with a degree of freedom less than
+    pairs; the shares are these three in percent of the mean of the runs that they are paired with.
     """
-    names = [name for name in (rows[0] if rows else []) if any(row[name] is not None for row in rows)]
-    lines = [[name for name in names if not name.endswith("s.e.")]]
-    for row in rows:
-        cells = []
-        for name in lines[0]:
-            value, error = row[name], row.get(f"{name} s.e.")
-            digits = ".2f" if isinstance(value, float) and abs(value) < 3 else ".1f"
-            text = f"{value:{digits}}" if isinstance(value, float) else "-" if value is None else str(value)
-            cells.append(f"{text} ± {error:{digits}}" if error is not None else text)
-        lines.append(cells)
+    d = (values - bases).dropna()
+    half = stats.t.ppf(0.975, len(d) - 1) * d.sem()
+    line = {"mean": values.mean(skipna=False), "standard_error": values.sem(), "pairs": len(d)}
+    line |= {"difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half}
+    percent = 100 / bases[d.index].mean() if values.name in HAVE_SHARES else np.nan
+    shares = {"share": "difference", "share_low": "low", "share_high": "high"}
+    return line | {name: percent * line[number] for name, number in shares.items()}
+
+
+def spans(seeds: Sequence[int]) -> str:
+    """[0, 1, 2, 3, 4, 100] -> "0-4, 100"."""
+    parts = np.split(np.array(seeds), np.flatnonzero(np.diff(seeds) != 1) + 1)
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts)
+
+
+def of_penalty(row: pd.DataFrame) -> dict:
+    """Of a row's runs the mean curvature, the least and the largest c* and norm of mu, and the drift.
+
+    Drift: how far the weights end from the old theta* along each direction, of length 1; root mean square.
+    """
+    numbers = {"curvature": row["curvature"].explode().astype(float).mean()}
+    of_mu = METHODS[row["method"].iloc[0]].penalty in (r.Rank1Penalty, beyond.ProximalPenalty)
+    for column, name in (("c*", "c_star"), ("norm of mu", "mu_norm")):
+        values = [float(f"{fisher[name]:.2g}") for fishers in row["fisher"] for fisher in fishers if of_mu]
+        numbers[column] = f"{min(values):g} to {max(values):g}" if values else None
+    squares = []
+    for fishers, drift in zip(row["fisher"], row["drift"]):
+        norms = [fisher["mu_norm"] for fisher in fishers if "mu_norm" in fisher]
+        last = drift[-1] if norms else []  # of each task's direction or directions, task after task
+        squares += [(d / norms[i * len(norms) // len(last)]) ** 2 for i, d in enumerate(last)]
+    return numbers | {"drift": np.sqrt(np.mean(squares)) if squares else np.nan}
+
+
+def summarize(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """-> a line per row and measure, and remarks. "base" is the place of the run that a run is paired with."""
+    lines, notes = [], []
+    for key, row in runs[~runs["other"]].groupby(ROW, sort=False, dropna=False):
+        row, base = row.set_index("seed"), runs.reindex(row["base"]).set_axis(row["seed"])
+        of_row = dict(zip(ROW, key)) | {"lam": row["settings"].iloc[0].get("lam")} | of_penalty(row)
+        of_row |= {"seeds": spans(row.index), "against": next(iter(base["name"].dropna()), None)}
+        lines += [of_row | {"measure": name} | statistics(row[name], base[name]) for name in MEASURES]
+        name, d = row["name"].iloc[0], (row["AFID"] - base["AFID"]).dropna()
+        if len(row) >= 10 and row["forgetting"].notna().all():
+            change = ", ".join(f"{value:+.1f}" for value in np.mean([*row["change"]], axis=0))
+            notes.append(f"- {name}, change of each old task's FID since it was learned: {change}.")
+        if {*range(10)} <= {*d.index}:  # did the difference on the first five seeds replicate?
+            t = stats.ttest_ind(d.loc[0:4], d.loc[5:9], equal_var=False).pvalue
+            ranks = stats.mannwhitneyu(d.loc[0:4], d.loc[5:9]).pvalue
+            halves = f"{d.loc[0:4].mean():+.2f} on seeds 0-4, {d.loc[5:9].mean():+.2f} on seeds 5-9"
+            p = f"p = {t:.1g} by Welch's t, {ranks:.1g} by Mann-Whitney"
+            notes.append(f"- {name}, difference of AFID: {halves} (are these alike? {p}).")
+    scripts = runs["script"].value_counts(sort=False).items()
+    notes.append(f"- code: {', '.join(f'script {name} ({n} runs)' for name, n in scripts)}.")
+    return pd.DataFrame(lines).dropna(subset="mean"), notes
+
+
+def markdown(rows: pd.DataFrame | Sequence[dict]) -> str:
+    """A table of strings, "-" for None, its columns as wide as their widest cell; empty columns are left out."""
+    table = pd.DataFrame(rows).astype(object).fillna("-").astype(str)
+    table = table.loc[:, (table != "-").any()]
+    table = table[sorted(table, key=lambda name: MEASURES.index(name) if name in MEASURES else -1)]
+    lines = [[*table.columns], *table.values.tolist()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line) + "\n"
 
 
-def differences_table(lines: Sequence[dict]) -> list[dict]:
-    """Put the paired differences in words, a row a row of runs: mean (low to high), the mean's 95% interval."""
-    columns, rows = dict.fromkeys(f"{name}: difference" for name in MEASURES), {}
-    for line in lines:
-        names = {key: str(value) for key, value in line.items() if key not in PAIRED[3:]}
-        row = rows.setdefault(tuple(names.values()), names | {"seeds": line["seeds"]} | columns)
-        interval = "" if line["low"] is None else f" ({line['low']:.2f} to {line['high']:.2f})"
-        row[f"{line['measure']}: difference"] = f"{line['mean']:+.2f}{interval}"
-    return list(rows.values())
+def interval(mean: float, low: float, high: float, digits: int, unit: str = "") -> str:
+    """ "-0.70 (-1.03 to -0.37)"; of a single pair the mean alone."""
+    around = "" if np.isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{mean:+.{digits}f}{unit}{around}"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The first form: Table 1, Figure 4 and Figure 5 of the paper, from every finished run below a folder.
+def in_words(lines: pd.DataFrame, first: list[str], further: list[str]) -> str:
+    """Two tables of summarize()'s lines, their `first` columns alike: the means, and the differences."""
+    words = lines.assign(means="", gaps="").astype(object)
+    for i, line in zip(words.index, lines.itertuples()):
+        digits, error = 2 if abs(line.mean) < 3 else 1, line.standard_error
+        around = "" if np.isnan(error) else f" ± {error:.{digits}f}"
+        words.loc[i, "means"] = f"{line.mean:.{digits}f}{around}"
+        words.loc[i, "gaps"] = interval(line.difference, line.low, line.high, 2)
+        if line.measure == "AFID":
+            words.loc[i, "gaps"] += f", {interval(line.share, line.share_low, line.share_high, 1, '%')}"
+    three_digits = partial(np.format_float_positional, precision=3, fractional=False, trim="-")
+    words["curvature"] = lines["curvature"].map(three_digits, na_action="ignore")
+    words["drift"] = lines["drift"].map("{:.1e}".format, na_action="ignore")
+    words, against = words.astype(object).fillna("-"), lines["against"].dropna().unique()
+    first = [name for name in ("dataset", "fid_features") if words[name].nunique() > 1] + first
+    by = {"columns": "measure", "aggfunc": "first", "sort": False}
+    text = markdown(words.pivot_table("means", [*first, *further, "seeds"], **by).reset_index())
+    if len(against):
+        words, told = words[lines["pairs"] > 0], ["against", "pairs"] if len(against) > 1 else ["pairs"]
+        text += f"\nMean difference from {' or '.join(against)}, seed by seed, and its 95% interval:\n\n"
+        text += markdown(words.pivot_table("gaps", [*first, *told], **by).reset_index())
+    return text
 
 
-def gather(folder: Path) -> dict[tuple[str, str], Rows]:
-    """(dataset, FID features) -> the rows of Table 1, of all finished runs below a folder.
-
-    Stops if two of these do not belong in one table: its rows may differ in the method, --ema and what is the
-    penalty's, the runs of a row in the seed alone.
-    """
-    runs, groups = [read_run(path.parent) for path in sorted(folder.rglob("result.json"))], {}
-    if not runs:
-        r.stop(f"{folder} holds no finished run (result.json): train some first")
-    for run in sorted(runs, key=lambda run: DATASETS.index(run["dataset"])):
-        groups.setdefault((run["dataset"], run["fid_features"]), []).append(run)
-    for pair in chain(*(combinations(group, 2) for group in groups.values())):
-        one, other = (run["settings"] for run in pair)
-        same_row = row_name(pair[0]) == row_name(pair[1])
-        free = {"seed", "device"} | (set() if same_row else {"method", "ema"} | OF_PENALTY)
-        for name in sorted((one.keys() & other.keys()) - free):
-            if one[name] != other[name]:
-                what = f"--{name.replace('_', '-')} {one[name]} and {other[name]}"
-                folders = f"{pair[0]['folder']} and {pair[1]['folder']}"
-                r.stop(f"{folders} do not belong in one table ({what}): report their folders apart")
-    return {key: group_rows(group, row_name) for key, group in groups.items()}
-
-
-def setting_note(dataset: str, features: str, runs: Sequence[dict]) -> str:
-    """What the FID is taken on, that of real images, and by which settings the runs differ from the paper's."""
-    other, special = [], r.DATASETS[dataset] if dataset in PUBLISHED else {}
-    for name, value in PAPER.items():
-        paper = plain(special.get(name, value))
-        values = {str(run["settings"].get(name, paper)) for run in runs} - {str(paper)}
-        if values and name not in ("dataset", "method", "seed", "device", "bf16"):
-            other.append(f"{name} {', '.join(sorted(values))} (paper {paper})")
-    setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
-    real = np.mean([run["fid_real"] for run in runs])
-    features = f"FID on features of {features} (the paper's: inception)"
-    return f"- {dataset}: {features}; in the samples' place real training images have {real:.1f}; {setting}."
-
-
-def code_note(runs: Iterable[dict]) -> list[str]:
-    """A line that says how many runs come from which version of the script, unless all are of one."""
-    scripts = Counter(run.get("script") or "unknown" for run in runs)
-    versions = ", ".join(f"script {name} ({n} runs)" for name, n in scripts.items())
-    return [f"- code: {versions}."] if len(scripts) > 1 or "unknown" in scripts else []
-
-
-def report(folder: Path) -> None:
-    """Write and print Table 1 and the paired differences of all runs below a folder; draw Figures 4 and 5."""
-    groups, table, differences, notes = gather(folder), [], [], []
-    kinds = Counter(dataset for dataset, _ in groups)  # of features
-    for (dataset, features), rows in groups.items():
-        title = dataset if kinds[dataset] == 1 else f"{dataset} ({features})"
-        comparable = features.startswith("inception")  # else the paper's FIDs cannot stand beside ours
-        published = dict(zip(ROWS, PUBLISHED.get(dataset, ()))) if comparable else {}
-        every_run = [run for runs in rows.values() for run in runs]
-        base_of = partial(baseline, among=every_run)
-        for name in sorted({*rows, *published}, key=lambda name: (METHODS.index(name.split()[0]), name)):
-            runs = rows.get(name, [])
-            row = {"dataset": title, "method": name, "seeds": len(runs)}
-            row |= means(runs, (*MEASURES, "pooled FID"))
-            row["curvature"], _ = mean_and_error([value for run in runs for value in run["curvature"]])
-            table.append(row | {"paper: AFID / forgetting": published.get(name), "FID features": features})
-            differences += [{"dataset": title, "method": name} | line for line in paired(runs, base_of)]
-        notes.append(setting_note(dataset, features, every_run))
-        plot_samples(title, rows, folder / f"figure5-{re.sub(r'[^A-Za-z0-9]+', '-', title).strip('-')}.png")
-    plot_afid(groups, folder / "figure4.png")
-    absent = [name for name in PUBLISHED if name not in [dataset for dataset, _ in groups]]
-    notes += [f"- missing, no finished run: {', '.join(absent)}."] if absent else []
-    shown, rows = differences_table(differences), chain(*(rows.values() for rows in groups.values()))
-    text = "\n".join([markdown(table), LEGEND, *notes, *code_note(chain(*rows)), ""])
-    print(text, markdown(shown), sep="\n")
-    texts = {"table1.md": text, "paired.md": markdown(shown), "summary.md": markdown(summary(table, shown))}
-    for path, content in texts.items():
-        with r.whole(folder / path) as file:
+def write(to: Path, lines: pd.DataFrame, *text: str) -> None:
+    """Print the text and write it to TO.md, and the lines, with their digits, to TO.csv."""
+    print("\n".join(text))
+    table = lines.to_csv(index=False, float_format="%.12g", lineterminator="\n")
+    for path, content in ((f"{to}.md", "\n".join([*text, ""])), (f"{to}.csv", table)):
+        with r.whole(Path(path)) as file:
             file.write(content.encode())
-    for path, columns, lines in (("table1.csv", table[0], table), ("paired.csv", PAIRED, differences)):
-        with r.whole(folder / path) as file, io.TextIOWrapper(file, newline="") as text_file:
-            writer = csv.DictWriter(text_file, columns)
-            writer.writeheader()
-            writer.writerows(lines)
-    print(f"In {folder}: table1.md, table1.csv, paired.md, paired.csv, figure4.png, figure5-<dataset>.png")
+    print(f"In {to}.md, {to}.csv")
 
 
-def summary(table: Sequence[dict], differences: Sequence[dict]) -> list[dict]:
-    """Join the rows of Table 1 that have runs with their differences from GD, in few columns."""
-    names = ("dataset", "method", "seeds", "AFID", "AFID s.e.", "forgetting", "forgetting s.e.")
-    columns = ("against", f"{MEASURES[0]}: difference", f"{MEASURES[1]}: difference")
-    from_gd, rows = {(line["dataset"], line["method"]): line for line in differences}, []
-    for row in table:
-        if row["seeds"]:
-            difference = from_gd.get((row["dataset"], row["method"]), {})
-            rows.append({n: row[n] for n in names} | {n: difference.get(n) for n in columns})
-    return rows
+def save(figure: Figure, path: Path) -> None:
+    with r.whole(path) as file:
+        figure.savefig(file, dpi=DPI)
 
 
-def plot_afid(groups: dict[tuple[str, str], Rows], path: Path) -> None:
+# ---- The first form: Table 1, Figure 4 and Figure 5 of the paper.
+
+
+def published(dataset: str, features: str) -> pd.DataFrame:
+    """The paper's numbers, a line per method; none where FIDs on our features cannot stand beside them."""
+    table = pd.read_csv(PAGES / "published.csv", index_col="method")
+    return table[(table["dataset"] == dataset) & features.startswith("inception") & ("limit" not in features)]
+
+
+def setting_note(runs: pd.DataFrame) -> str:
+    """What the FID is taken on, that of real images, and by which settings the runs differ from the paper's."""
+    dataset, features, other = runs["dataset"].iloc[0], runs["fid_features"].iloc[0], []
+    for name, paper in usual_settings("mnist" if dataset == "digits" else dataset).items():
+        values = {settings.get(name, paper) for settings in runs["settings"]} - {paper}
+        other += [f"{name} {', '.join(sorted(values))} (paper {paper})"] if values else []
+    setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
+    real = f"in the samples' place real training images have {np.mean([*runs['fid_real']]):.1f}"
+    return f"- {dataset}: FID on features of {features} (the paper's: inception); {real}; {setting}."
+
+
+def table_1(folders: Sequence[Path], to: Path, only: Sequence[str] = ()) -> None:
+    """Table 1 of all finished runs below these folders, or of `only` these methods, into the folder TO.
+
+    With Figures 4 and 5; or Figure 5 alone to a PNG.
+    """
+    runs = read_runs(folders, only)
+    groups = {names: group for names, group in runs.groupby(["dataset", "fid_features"])}
+    for names, group in groups.items():
+        picture = to / f"{'-'.join(['figure5', *(names if len(groups) > 1 else [])])}.png"
+        plot_samples(group, to if to.suffix == ".png" else picture)
+    if to.suffix == ".png":
+        return
+    plot_afid(groups, to / "figure4.png")
+    lines, notes = summarize(runs.assign(base=find_baselines(runs)))
+    lines = lines.rename(columns={"line": "method"}).drop(columns="at")
+    papers = {names: published(*names)["AFID / forgetting"] for names in groups}
+    rows = zip(lines["dataset"], lines["fid_features"], lines["method"])
+    lines["paper"] = [papers[dataset, features].get(method) for dataset, features, method in rows]
+    notes = [*map(setting_note, groups.values()), *notes]
+    write(to / "table1", lines, in_words(lines, ["method"], ["curvature", "paper"]), LEGEND, *notes)
+
+
+def plot_afid(groups: dict[tuple, pd.DataFrame], path: Path) -> None:
     """Figure 4: AFID after each task, a panel a dataset and kind of features, bands of one standard error.
 
     Where the features are the paper's, its curves stand beside ours, dashed, with bars of a standard error.
     """
-    names = ["gd", "diag", "rank1", *(name for rows in groups.values() for name in rows)]
-    colors = dict(zip(dict.fromkeys(names), cycle(COLORS)))
     figure = Figure(figsize=(7.5 * len(groups), 4), layout="constrained")
-    for axes, (dataset, features) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
-        for name, runs in groups[dataset, features].items():
-            after, joint = np.arange(1, len(runs[0]["fid_real"]) + 1), name.startswith("joint")
-            curve = [mean_and_error(afids) for afids in zip(*(run["afid"] for run in runs))]
-            mean, error = np.array(curve * len(after) if joint else curve, float).T  # joint: of no task
-            axes.plot(after, mean, ":" if joint else "-", color=colors[name], label=f"{name} ({len(runs)})")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, ((dataset, features), runs) in zip(panels, groups.items()):
+        after, colors = np.arange(1, len(runs["fid_real"].iloc[0]) + 1), {}
+        for name, row in runs.groupby("line", sort=False):
+            curves = np.array([*row["afid"]]) * np.ones(len(after))  # of joint training one point: of no task
+            mean, error = curves.mean(0), stats.sem(curves) if len(row) > 1 else 0
+            style = {"ls": ":" if name.startswith("joint") else "-", "label": f"{name} ({len(row)})"}
+            colors[name] = axes.plot(after, mean, **style)[0].get_color()
             axes.fill_between(after, mean - error, mean + error, color=colors[name], alpha=0.2, lw=0)
-        comparable = features.startswith("inception") and "limit" not in features and len(after) == 5
-        for name in ("gd", "diag", "rank1"):
-            if comparable and (dataset, name) in CURVES:
-                style = {"color": colors[name], "ls": "--", "capsize": 2, "label": f"paper: {name}"}
-                axes.errorbar(after, *CURVES[dataset, name], **style)
-        axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", title=dataset, yscale="log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for method, _, _, *curve in published(dataset, features).dropna().itertuples():
+            style = {"color": colors.get(method, "black"), "ls": "--", "label": f"paper: {method}"}
+            axes.errorbar(range(1, 6), curve[:5], curve[5:], capsize=2, **style)
+        axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", title=dataset)
+        axes.set(yscale="log", xticks=after)
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         axes.grid(alpha=0.3)
         axes.legend(title="row (seeds)", fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    with r.whole(path) as file:
-        figure.savefig(file, dpi=120)
+    save(figure, path)
 
 
-def plot_samples(dataset: str, rows: Rows, path: Path) -> None:
+def plot_samples(runs: pd.DataFrame, path: Path) -> None:
     """Figure 5: five samples of each of the first two classes, a row a row of Table 1, a column a task.
 
-    Cut out of the runs' samples-task*.png, of one seed: all start from the same noises.
+    Cut out of the samples-task*.png of one seed: all start from the same noises.
     """
-    every_run = [run for runs in rows.values() for run in runs]
-    seed, tasks = min(run["seed"] for run in every_run), len(every_run[0]["fid_real"])
+    runs, dataset = runs[runs["seed"] == runs["seed"].min()], runs["dataset"].iloc[0]
+    tasks, classes = len(runs["fid_real"].iloc[0]), 1000 if dataset == "imagenet32" else 10
+    word = "digits" if dataset in ("digits", "mnist") else "classes"
     columns = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
-    figure = Figure(figsize=(1.6 + 2.2 * len(columns), 0.5 + 0.95 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(columns), squeeze=False)
-    for line, name in zip(panels, rows):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        folders = [run["folder"] for run in rows[name] if run["seed"] == seed]
-        for axes, k in zip(line, columns):
-            axes.set(xticks=[], yticks=[], title=f"after task {k}" if line[0] is panels[0, 0] else "")
+    width, height = 206 + 178 * len(columns), 96 + 84 * len(runs)  # pixels, of which a panel takes 166 x 66
+    where = {"left": 202 / width, "right": 1 - 8 / width, "top": 1 - 90 / height, "bottom": 24 / height}
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    where |= {"wspace": 12 / 166, "hspace": 18 / 66}
+    panels = figure.subplots(len(runs), len(columns), squeeze=False, gridspec_kw=where)
+    for axes, k in zip(panels[0], columns):
+        learned = spans(range((k - 1) * classes // tasks, k * classes // tasks)).replace(",", "")
+        axes.set_title(f"after task {k}:\n{word} {learned}", fontsize=10)
+    for axes_of_run, run in zip(panels, runs.itertuples()):
+        label = f"{PLAIN_WORDS.get(run.method, run.method)}\n({run.line})"
+        axes_of_run[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, k in zip(axes_of_run, columns):
+            axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            pictures = [folder / f"samples-task{k}.png" for folder in folders]
-            if pictures and pictures[0].exists():
-                axes.imshow(imread(pictures[0])[: 2 * 34 + 2, : 5 * 34 + 2])  # cells of 32, margins of 2
-            elif k == tasks or not name.startswith("joint"):
+            picture = run.folder / f"samples-task{k}.png"  # cells of 32 pixels, margins of 2
+            if picture.exists():
+                image = imread(picture)[2:68, 2:168].copy()
+                image[32:34], image[:, [i for i in range(166) if i % 34 > 31]] = 1, 1
+                axes.imshow(image, interpolation="nearest")
+            elif k == tasks or run.method != "joint":
                 axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes)
-    figure.suptitle(f"{dataset}, seed {seed}")
-    with r.whole(path) as file:
-        figure.savefig(file, dpi=120)
+    figure.suptitle("What is generated for the first two classes, after each task", fontsize=12)
+    save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The second form: runs over a setting.
-
-
-def distinguishing(runs: Sequence[dict], over: str) -> list[str]:
-    """The settings, as few as suffice, that besides `over` tell apart the runs of a method."""
-    chosen = []
-    for name in PAPER:
-        values = {}  # of the runs that look alike so far
-        for run in runs:
-            alike = tuple(run["settings"].get(other) for other in ["method", *chosen])
-            values.setdefault(alike, set()).add(run["settings"].get(name))
-        if name not in ("seed", "device", over) and any(len(different) > 1 for different in values.values()):
-            chosen.append(name)
-    return chosen
-
-
-def mean_drift(runs: Sequence[dict]) -> str | None:
-    """How far the weights ended from the old theta* along each direction: root mean square, of unit vectors."""
-    squares = []
-    for run in runs:
-        norms = [fisher["mu_norm"] for fisher in run["fisher"] if "mu_norm" in fisher]
-        drift = run["drift"][-1] if norms else []  # of each task's direction or directions, task after task
-        squares += [(d / norms[i * len(norms) // len(drift)]) ** 2 for i, d in enumerate(drift)]
-    return f"{np.sqrt(np.mean(squares)):.1e}" if squares else None
-
-
-def span_of_mu(runs: Sequence[dict]) -> dict[str, str | None]:
-    """The smallest and the largest c* and norm of mu of these runs' tasks: "2.6 to 14"; None without a mu."""
-    of_mu = [
-        run for run in runs if ALL_METHODS[run["method"]].penalty in (r.Rank1Penalty, beyond.ProximalPenalty)
-    ]
-    fishers = [fisher for run in of_mu for fisher in run["fisher"]]
-    spans = {"c*": None, "norm of mu": None}
-    for column, name in zip(spans, ("c_star", "mu_norm")):
-        values = [float(f"{fisher[name]:.2g}") for fisher in fishers]
-        spans[column] = f"{min(values):g} to {max(values):g}" if values else None
-    return spans
+# ---- The second form: runs over a setting.
 
 
 def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path] = ()) -> None:
-    """Print the measures of runs over a setting, or over lambda as curvature, and how far they lie from GD.
+    """TO.md and TO.csv: runs over a setting, or over lambda as curvature; TO.png of three points or more.
 
-    `against`: from these runs instead, which must be a single row. Writes TO.md and TO.json, and TO.png if some
-    line has three points or more.
+    Each run is compared with its baseline of GD, or with that of the same seed among `against`, a single row.
     """
-    runs, others = [read_run(folder) for folder in folders], [read_run(folder) for folder in against]
-    setting, every_run = "lam" if over == "curvature" else over, runs + others
-    if len({run["fid_features"] for run in every_run}) > 1:
+    setting = "lam" if over == "curvature" else over
+    runs = read_runs([*folders, *against], over=setting)
+    if runs["fid_features"].nunique() > 1:
         r.stop("FIDs on features of different networks cannot be compared: compare their runs apart")
-    names, features = distinguishing(every_run, setting), runs[0]["fid_features"]
-    told = [name for name in (*names, setting) if name != "method"]  # what a baseline is named with
-
-    def row_of(run: dict) -> tuple:
-        name = row_name(run, names)
-        name = name.removeprefix(run["method"]).strip() if over == "method" else name
-        return name or "all", run["settings"].get(setting)
-
-    if len(group_rows(others, row_of)) > 1:
+    runs["other"] = [any(map(folder.is_relative_to, against)) for folder in runs["folder"]]
+    others = runs[runs["other"]]
+    if len(others.drop_duplicates(ROW)) > 1:
         r.stop("--against takes the runs of one row, a seed each: name others apart")
-    same_seed = {other["seed"]: other for other in others}
-    base_of = (lambda run: same_seed.get(run["seed"])) if others else partial(baseline, among=runs)
-    rows, table, differences = group_rows(runs, row_of), [], []
-    lines = list(dict.fromkeys(line for line, _ in rows))
-    for key in sorted(rows, key=lambda key: (lines.index(key[0]), 0 if type(key[1]) is str else key[1] or 0)):
-        row = {"line": key[0], setting: key[1]}
-        if over == "curvature":
-            curvature, _ = mean_and_error([value for run in rows[key] for value in run["curvature"]])
-            row["curvature"] = curvature and float(f"{curvature:.3g}")
-        differences += [row | difference for difference in paired(rows[key], base_of, told)]
-        seeds = [run["seed"] for run in rows[key]]
-        row |= span_of_mu(rows[key]) | {"drift": mean_drift(rows[key]), "seeds": seeds}
-        table.append(row | means(rows[key]))
-    shown = [row | {name: row[name] and str(row[name]) for name in (setting, over)} for row in table]
-    notes = [f"- FID on features of {features}.", *code_note(every_run)]
-    parts = [markdown(shown), markdown(differences_table(differences)), *notes]
-    text = "\n".join(part for part in parts if part.strip()).rstrip() + "\n"
-    print(text)
-    with r.whole(Path(f"{to}.md")) as file:
-        file.write(text.encode())
-    content = {"over": over, "features": features, "rows": table, "paired": differences}
-    r.write_json(Path(f"{to}.json"), content)
-    points = {(row["line"], row[over]) for row in differences or table if row[over] is not None}
-    of_each_line = Counter(line for line, _ in points).values()
-    several = max(of_each_line, default=0) > 2  # two points are read in the table
-    if several:
-        plot_lines(table, differences, over, features, Path(f"{to}.png"))
-    print(f"In {to}.md, {to}.json{f', {to}.png' if several else ''}")
+    of_seed = dict(zip(others["seed"], others.index))
+    runs["base"] = runs["seed"].map(of_seed).fillna(-1) if against else find_baselines(runs)
+    lines, notes = summarize(runs)
+    lines[setting] = lines.pop("at")
+    words = in_words(lines, ["line", setting], ["curvature", "c*", "norm of mu", "drift"])
+    write(to, lines, words, f"- FID on features of {runs['fid_features'].iloc[0]}.", *notes)
+    numbers = pd.to_numeric(lines[over], errors="coerce")
+    lines["x"] = numbers if numbers.notna().any() else lines[over]
+    lines = lines.dropna(subset=["x", "difference" if lines["pairs"].any() else "x"])
+    if lines.groupby("line")["x"].nunique().max() > 2:  # two points are read in the table
+        plot_lines(lines, over, Path(f"{to}.png"))
 
 
-def plot_lines(table: list[dict], differences: list[dict], over: str, features: str, path: Path) -> None:
-    """Draw over a setting how far runs lie from others, or without such the means; a panel a measure.
-
-    A line a name; runs that do not have the setting are a horizontal line. Bars and bands are the 95% interval
-    of a difference, of a mean one standard error.
-    """
-    points = [(row, m, row[m], row[f"{m} s.e."]) for row in table for m in MEASURES if row[m] is not None]
-    if differences:
-        half = [None if line["low"] is None else line["mean"] - line["low"] for line in differences]
-        points = [(line, line["measure"], line["mean"], h) for line, h in zip(differences, half)]
-    colors = dict(zip(dict.fromkeys(row["line"] for row, *_ in points), cycle(COLORS)))
-    values = {row[over] for row, *_ in points} - {None}
-    numeric = not any(isinstance(value, str) for value in values)
-    wide = values and numeric and min(values) > 0 and max(values) > 10 * min(values)
-    sizes = [abs(mean) + (half or 0) for _, _, mean, half in points]
-    base = differences[0]["against"] if differences else ""
-    base = "GD" if base.startswith("gd") else base
-    flattened = differences and max(sizes) > 20 * np.median(sizes)  # by a far point, on a linear axis
-    figure, handles = Figure(figsize=(15, 4.2), layout="constrained"), {}
-    for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
-        for (name, color), marker in zip(colors.items(), cycle("os^Dv")):
-            own = [point for point in points if (point[0]["line"], point[1]) == (name, measure)]
-            own = [(row[over], mean, half or 0) for row, _, mean, half in own]
-            for _, mean, half in [point for point in own if point[0] is None]:
-                handles[name] = axes.axhline(mean, color=color, ls="--")
-                axes.axhspan(mean - half, mean + half, color=color, alpha=0.1, lw=0)
-            own = [point for point in own if point[0] is not None]
-            if own:
-                style = {"marker": marker, "ls": "-" if numeric else "", "color": color, "alpha": 0.8}
-                handles[name] = axes.errorbar(*zip(*own), capsize=3, **style)
-        added = "curvature that the penalty adds (lambda: see the legend)"
-        setting = added if over == "curvature" else f"--{over.replace('_', '-')}"
-        label = f"{measure}:\ndifference from {base}{' (log beyond 1)' if flattened else ''}"
-        axes.set(xlabel=setting, ylabel=label if differences else measure)
-        if wide:
+def plot_lines(lines: pd.DataFrame, over: str, path: Path) -> None:
+    """Draw over a setting how far runs lie from others, with 95% intervals; or else means, with standard errors."""
+    paired, numeric = lines["pairs"].any(), pd.api.types.is_numeric_dtype(lines["x"])
+    half = lines["high"] - lines["difference"] if paired else lines["standard_error"]
+    lines = lines.assign(y=lines["difference" if paired else "mean"], half=half.fillna(0))
+    size, low, high = lines["y"].abs() + lines["half"], lines["x"].min(), lines["x"].max()
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
+        for name, marker in zip(lines["line"].unique(), 4 * "os^Dv"):
+            own = lines[(lines["line"] == name) & (lines["measure"] == measure)]
+            label = name + (" (sum over all axes)" if over == "curvature" and name.startswith("diag") else "")
+            label += f": lambda {', '.join(own['lam'])}" if over == "curvature" else ""
+            style = {"marker": marker, "ls": "-" if numeric else "", "capsize": 3, "alpha": 0.8}
+            axes.errorbar(own["x"], own["y"], own["half"], label=label, **style)
+        setting = f"--{over.replace('_', '-')}"
+        axes.set(xlabel="curvature that the penalty adds" if over == "curvature" else setting, title=measure)
+        if numeric and 0 < 10 * low < high:
             axes.set_xscale("log")
-        elif numeric:
-            axes.set_xticks(sorted(values))
-        else:
-            axes.tick_params("x", rotation=30)
-        axes.axhline(0, color="black", lw=0.8) if differences else None
-        if flattened:
+        if paired:
+            axes.axhline(0, color="black", lw=0.8)
+        if paired and size.max() > 20 * size.median():  # a far point would flatten all others
             axes.set_yscale("symlog", linthresh=1)
             axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
-        axes.margins(x=0.15, y=0.12)
-    figure.get_layout_engine().set(wspace=0.04)  # a panel's label would touch the next
-    what = f"Difference from {base}" if differences else "Mean"
-    bars = ", seed by seed, 95% interval" if differences else ", standard error"
-    bars = bars if any(half for *_, half in points) else ", one seed: no intervals"
-    figure.suptitle(f"{what}{bars} (features: {features})")
-    labels = {name: name for name in handles}
-    for name in handles if over == "curvature" else ():  # as many lambdas at the points would overprint
-        lams = sorted({row["lam"] for row, *_ in points if row["line"] == name and row["lam"] is not None})
-        labels[name] += " (sum over all axes)" if name.startswith("diag") else ""
-        labels[name] += f": lambda {', '.join(f'{lam:g}' for lam in lams)}" if lams else ""
-    figure.legend(handles.values(), labels.values(), loc="outside lower center", ncols=3)
-    with r.whole(path) as file:
-        figure.savefig(file, dpi=120)
+    what = f"Difference from {' or '.join(lines['against'].unique())}" if paired else "Mean"
+    bars = ("95% interval" if paired else "standard error") if lines["half"].any() else "of one seed"
+    figure.suptitle(f"{what}, {bars}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save(figure, path)
+
+
+# ---- The other forms.
+
+
+def sample(run: Path, classes: Sequence[int], to: Path) -> None:
+    """Let the model of a finished run generate ten images of each class, a row a class, into a PNG."""
+    config = r.read_result(run / "result.json")["config"]
+    try:
+        weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
+        num_classes, in_channels = len(weights["class_embedding.weight"]), weights["conv_in.weight"].shape[1]
+        model = r.UNet(in_channels, num_classes, config["channels"], config["layers_per_block"]).eval()
+        model.load_state_dict(weights)
+    except r.DAMAGED as error:
+        r.stop(f"{run / 'model.pt'} is missing or damaged ({type(error).__name__}): train it with --fresh")
+    for c in {*classes} - {*range(num_classes)}:
+        r.stop(f"--classes {c}: {run} has learned the classes 0 to {num_classes - 1}")
+    size, y = 8 if config["dataset"] == "digits" else 32, torch.tensor(classes).repeat_interleave(10)
+    noise = torch.randn(len(y), in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    images = (r.ddim_sample(model, noise, y, config["sample_steps"]) + 1) / 2
+    with r.whole(to) as file:
+        save_image(interpolate(images, 64), file, "png", nrow=10)
+    print(f"In {to}")
+
+
+def tally(tables: Sequence[Path], to: Path) -> None:
+    """Count in how many rows of these CSVs a penalty that is added to GD changes AFID; write a table of these.
+
+    A row is its line, lambda, seeds and baseline; one that stands in several tables counts once.
+    """
+    lines = pd.concat([pd.read_csv(path, dtype={"lam": str}).assign(table=path.stem) for path in tables])
+    lines["line"] = lines["line"].fillna(lines["method"])
+    added = [name for name, method in METHODS.items() if method.penalty and method.distill]
+    lines = lines[
+        lines["line"].str.split().str[0].isin(added) & lines["against"].str.match("gd( |$)", na=False)
+    ]
+    rows = lines[(lines["measure"] == "AFID") & (lines["pairs"] > 1)]
+    rows = rows.drop_duplicates(["seeds", "difference", "low", "high"])
+    helps, hurts = rows[rows["high"] < 0], rows[rows["low"] > 0]
+    shown = pd.concat([helps, hurts])
+    shown["AFID"] = [interval(*numbers, 2) for numbers in shown[["difference", "low", "high"]].values]
+    shown = shown[["table", "line", "lam", "seeds", "AFID"]]
+    text = f"""A penalty was added to GD in {len(rows)} rows of the tables here (each counted once, where it stands in
+several). The 95% interval of the AFID's difference lies below 0 in {len(helps)} of them and above 0 in {len(hurts)};
+chance alone would put {len(rows) / 40:.1f} on either side. Rows share runs, so they are not independent. The {len(shown)} rows:
+
+{markdown(shown)}"""
+    print(text)
+    with r.whole(to) as file:
+        file.write(text.encode())
 
 
 def include(text: Path) -> None:
     """Renew in a text what stands between "<!-- include: FILE -->" and "<!-- end -->", from FILE."""
-    parts = re.split(r"(<!-- include: (.+?) -->\n).*?(<!-- end -->)", text.read_text(), flags=re.DOTALL)
+    pattern = r"(<!-- include: (.+?) -->\n).*?(<!-- end -->)"
+    parts = re.split(pattern, text.read_text(encoding="utf-8"), flags=re.DOTALL)
     for i in range(1, len(parts), 4):  # before, the opening line, FILE, the closing line, ..
-        parts[i + 1] = Path(parts[i + 1]).read_text()
+        parts[i + 1] = Path(parts[i + 1]).read_text(encoding="utf-8")
     with r.whole(text) as file:
         file.write("".join(parts).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Report on all runs below a folder or, with --over, compare runs over a setting."""
+    """Report on all runs below folders or, as the flags say, do another of the things that stand above."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = r.stop
-    parser.add_argument("runs", type=Path, nargs="+", help="a folder that finished runs lie below; or runs")
-    over = {"choices": (*PAPER, "curvature"), "help": "the setting, or curvature, to compare runs over"}
-    parser.add_argument("--over", **over)
-    parser.add_argument("--to", type=Path, help="a comparison goes to TO.md, TO.json and TO.png")
-    parser.add_argument(
-        "--against", type=Path, nargs="+", default=(), help="the runs to compare with, not GD"
-    )
-    parser.add_argument("--include", action="store_true", help="RUNS are texts, whose tables are renewed")
+    parser.error, form = r.stop, parser.add_mutually_exclusive_group()
+    parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
+    settings = [*{*usual_settings("digits")} - {"dataset", "method", "seed"}, "curvature"]
+    form.add_argument("--over", choices=settings, help="compare runs over this setting, or over curvature")
+    form.add_argument("--sample", action="store_true", help="let the model of a run generate images")
+    form.add_argument("--include", action="store_true", help="renew the tables that these texts include")
+    form.add_argument("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
+    parser.add_argument("--to", type=Path, help="folder or name of what is written")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="show these methods")
+    parser.add_argument("--classes", type=r.numbers, help="of which --sample generates images: 3,7")
     args = parser.parse_args(argv)
-    if bool(args.over) != bool(args.to) or (args.include if args.over else args.against):
-        r.stop("name folders that finished runs lie below; or runs, with --over SETTING and --to NAME")
+    if (args.over and not args.to) or (args.against and not args.over) or args.sample != bool(args.classes):
+        r.stop("name folders of runs; or runs, --over SETTING and --to NAME; or --sample RUN --classes 3,7")
+    first = args.paths[0]
     try:
         if args.over:
-            compare(args.runs, args.over, args.to, args.against)
+            compare(args.paths, args.over, args.to, args.against)
+        elif args.sample:
+            sample(first, args.classes, args.to or first / "samples.png")
+        elif args.tally:
+            tally(args.paths, args.to or PAGES / "tally.md")
+        elif args.include:
+            [include(path) for path in args.paths]
         else:
-            for path in args.runs:
-                include(path) if args.include else report(path)
+            table_1(args.paths, args.to or first, args.rows)
     except OSError as error:
         r.stop(f"{error.filename or error} cannot be read or written")
 
