@@ -1,0 +1,161 @@
+# The studies of results/. `make studies` lists them; `make lambda` makes those runs of a study that are missing, and
+# its table. A run's folder is its setting and its flags: results/runs/constant/rank1+lam=10+seed=0.
+# (Runs with form or fisher-timesteps in their names are older ones of rank1-proximal, rank1-low, rank1-middle and
+# rank1-high in results/beyond.py: they cannot be made anew under these names.)
+
+falling = --dataset digits
+constant = --dataset digits --lr 1e-3 --lr-decay none
+fashion = --dataset fashion --small --epochs 2 --data-dir $(DATA)
+long = --dataset digits --tasks 10 --epochs 810
+results/runs/%/result.json: | .venv/installed
+	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D)
+
+# $(call study,name,page,over,seeds,runs,against): a run is taken with all seeds, or with that in its name; without
+# `over` it is a Table 1. With CHECK=1 no run is made.
+results = $(foreach run,$(2),$(if $(findstring +seed=,$(run)),$(run),$(1:%=$(run)+seed=%)))
+define rule
+runs-$(1) := $(addprefix results/runs/,$(call results,$(4),$(5)))
+against-$(1) := $(addprefix results/runs/,$(call results,$(4),$(6)))
+$(1): $(if $(CHECK),,$$(addsuffix /result.json,$$(runs-$(1)) $$(against-$(1)))) | .venv/installed
+	$$(PY) -m results.report $$(runs-$(1)) $(if $(6),--against $$(against-$(1))) \
+	  $(if $(3),--over $(3) --to results/pages/$(2)/$(1),--to results/pages/$(2))
+endef
+study = $(eval $(rule))
+FIVE := 0 1 2 3 4
+NEW := 5 6 7 8 9
+TEN := $(FIVE) $(NEW)
+
+# falling: Table 1 on digits at a learning rate that falls to 0
+$(call study,falling,falling,,$(FIVE),$(addprefix falling/,joint finetune replay gd) \
+  $(addprefix falling/,diag-only+lam=10000 rank1-only+lam=10000 diag rank1))
+# forgetting: the README's first picture, of samples after each task
+forgetting: .venv/installed
+	$(PY) -m results.report $(patsubst %,results/runs/falling/%+seed=0,finetune gd rank1 joint) \
+	  --rows finetune,gd,rank1,joint --to results/pages/falling/$@.png
+# search-falling: which lambda at the falling rate, in both forms, on seeds 100 and 101
+$(call study,search-falling,falling,curvature,100 101,falling/gd $(addprefix falling/diag+lam=,1 10 100) \
+  $(addprefix falling/rank1+lam=,1 10 100 1000 10000) $(addprefix falling/rank1+form=proximal+lam=,10 1000 100000))
+# search-alone: which lambda for EWC without GD, on seed 100
+$(call study,search-alone,falling,lam,100,$(addprefix falling/rank1-only+lam=,10 1000 10000 100000) \
+  $(addprefix falling/diag-only+lam=,10 1000 10000 100000))
+# confirm: rank-1 EWC against GD at the falling rate again, on five seeds that chose nothing
+$(call study,confirm,falling,lam,$(NEW),falling/gd falling/rank1)
+# ten-seeds: the same on those five seeds and the first five together
+$(call study,ten-seeds,falling,lam,$(TEN),falling/gd falling/rank1)
+# seven-seeds: the same on all seeds but the first five, on which lambda was looked at
+$(call study,seven-seeds,falling,lam,$(NEW),falling/gd falling/rank1 \
+  $(addprefix falling/gd+seed=,100 101) $(addprefix falling/rank1+lam=10+seed=,100 101))
+# lambda-falling: both EWCs against GD over lambda, and rank-1 as a proximal step, at the falling rate
+$(call study,lambda-falling,falling,curvature,$(FIVE),$(addprefix falling/,gd rank1+lam=1 rank1 rank1+lam=100) \
+  $(addprefix falling/,diag+lam=1 diag rank1+form=proximal rank1+form=proximal+lam=1000 rank1+form=proximal+lam=100000))
+
+# constant: Table 1 on digits at a constant learning rate, with and without an average of the weights
+$(call study,constant,constant,,$(FIVE),$(addprefix constant/,gd rank1+lam=10 gd+ema=0.99 rank1+lam=10+ema=0.99))
+# search-rate: which constant learning rate, on seeds 100 and 101
+$(call study,search-rate,constant,lr,100 101,constant/gd+lr=3e-4 constant/gd+lr=6e-4 constant/gd)
+# search-lambda: which lambda at a constant rate, rank-1 and diagonal, on seeds 100 and 101
+$(call study,search-lambda,constant,curvature,100 101,constant/gd \
+  $(addprefix constant/rank1+lam=,10 100 1000) $(addprefix constant/diag+lam=,1 10 100 1000))
+# confirm-constant: rank-1 EWC against GD at the constant rate again, on five seeds that chose nothing
+$(call study,confirm-constant,constant,lam,$(NEW),$(addprefix constant/,gd rank1+lam=10 rank1+lam=100))
+# ten-seeds-constant: the same on those five seeds and the first five together
+$(call study,ten-seeds-constant,constant,lam,$(TEN),$(addprefix constant/,gd rank1+lam=10 rank1+lam=100))
+# nine-seeds-constant: the same without seed 6, which ended far from the others: how much hangs on it
+$(call study,nine-seeds-constant,constant,lam,0 1 2 3 4 5 7 8 9,constant/gd constant/rank1+lam=10)
+# lambda: rank-1 EWC against GD over lambda at the constant rate
+$(call study,lambda,constant,curvature,$(FIVE),$(addprefix constant/,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000))
+# stiff: does lambda 1000, much too large, hurt at the constant rate, on ten seeds?
+$(call study,stiff,constant,lam,5 6 7 8 9 10 11 12 13 14,constant/gd constant/rank1+lam=1000)
+
+# lambda-ema: rank-1 EWC against GD over lambda at the constant rate, with an average of the weights
+AVERAGED := $(patsubst %,constant/%+ema=0.99,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000)
+$(call study,lambda-ema,average,curvature,$(FIVE),$(AVERAGED))
+# confirm-ema: GD with an average of the weights against GD without, on five seeds that chose nothing
+$(call study,confirm-ema,average,ema,$(NEW),constant/gd constant/gd+ema=0.99)
+# ten-seeds-ema: the same on those five seeds and the first five together
+$(call study,ten-seeds-ema,average,ema,$(TEN),constant/gd constant/gd+ema=0.99)
+# average: GD with the average at a constant rate, against GD at the falling one, on all ten seeds
+$(call study,average,average,ema,$(TEN),falling/gd constant/gd+ema=0.99)
+
+# directions: F's top eigenvectors and its diagonal in mu's place, against GD, with an average of the weights
+$(call study,directions,directions,curvature,$(FIVE),$(AVERAGED) $(patsubst %,constant/%+ema=0.99,diag+lam=1 diag+lam=10 \
+  rank1-eig+lam=25 rank1-eig+lam=250 rank2+lam=250 rank4+lam=25 rank4+lam=250))
+# against-mu: F's top eigenvectors compared with mu itself, seed by seed, at the larger curvature
+$(call study,against-mu,directions,lam,$(FIVE),\
+  $(patsubst %,constant/%+lam=250+ema=0.99,rank1-eig rank2 rank4),constant/rank1+lam=1000+ema=0.99)
+# against-mu-tenth: the same at a tenth of it
+$(call study,against-mu-tenth,directions,lam,$(FIVE),\
+  $(patsubst %,constant/%+lam=25+ema=0.99,rank1-eig rank4),constant/rank1+lam=100+ema=0.99)
+# confirm-rank4: F's four top eigenvectors against GD again, on five seeds that chose nothing
+$(call study,confirm-rank4,directions,lam,$(NEW),constant/gd+ema=0.99 constant/rank4+lam=25+ema=0.99)
+# ten-seeds-rank4: the same on those five seeds and the first five together
+$(call study,ten-seeds-rank4,directions,lam,$(TEN),constant/gd+ema=0.99 constant/rank4+lam=25+ema=0.99)
+# rank4-falling: F's four top eigenvectors against GD at the falling rate
+$(call study,rank4-falling,directions,lam,$(FIVE),falling/gd falling/rank4+lam=25)
+# binds: how far the weights move along mu and the top eigenvector, without the penalty and with it
+$(call study,binds,directions,lam,0 1,\
+  $(patsubst %,constant/%+ema=0.99,rank1+lam=0 rank1+lam=1000 rank1-eig+lam=0 rank1-eig+lam=250))
+# timesteps: mu of the low, the middle and the high timesteps alone, at equal curvatures
+comma := ,
+PARTS := lam=25+fisher-timesteps=0$(comma)333 lam=250+fisher-timesteps=0$(comma)333
+PARTS += lam=300+fisher-timesteps=333$(comma)667 lam=3000+fisher-timesteps=333$(comma)667
+PARTS += lam=800+fisher-timesteps=667$(comma)1000 lam=8000+fisher-timesteps=667$(comma)1000
+$(call study,timesteps,timesteps,curvature,$(FIVE),$(AVERAGED) $(PARTS:%=constant/rank1+%+ema=0.99))
+
+# replay-steps: GD with a replay pool generated in fewer DDIM steps than 20
+$(call study,replay-steps,replay,replay_steps,$(FIVE),falling/gd $(addprefix falling/gd+replay-steps=,2 5 10))
+# replay-pool: GD with a replay pool of fewer images than 200 per class
+$(call study,replay-pool,replay,replay_per_class,$(FIVE),falling/gd $(addprefix falling/gd+replay-per-class=,10 50))
+# small-pool: rank-1 EWC against GD over lambda where GD forgets: with a replay pool of 10 images per class
+$(call study,small-pool,replay,curvature,$(FIVE),\
+  $(patsubst %,falling/%+replay-per-class=10,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000 rank4+lam=25))
+
+# long-pilot: ten tasks of one class: where does GD forget? seeds 200 and 201
+$(call study,long-pilot,long-chain,replay_per_class,200 201,$(addprefix long/gd+replay-per-class=,200 50 20))
+# long-lambda: which lambda there, with the pool that passed the gate, on the same seeds
+$(call study,long-lambda,long-chain,lam,200 201,\
+  $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=10 rank1+lam=100 rank1+lam=300))
+# long-test: both EWCs against GD there, on ten new seeds (make long-test LAMBDA=100 L=10)
+$(call study,long-test,long-chain,lam,210 211 212 213 214 215 216 217 218 219,\
+  $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=$(LAMBDA) diag+lam=$(L)))
+
+# search-fashion: which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
+$(call study,search-fashion,fashion,curvature,100,\
+  $(patsubst %,fashion/%+epochs=1,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000 rank1+lam=10000))
+# fashion-small: rank-1 EWC (lambda 1000) against GD on FashionMNIST: an hour of one core per run
+$(call study,fashion-small,fashion,lam,0 1 2,fashion/gd fashion/rank1+lam=1000)
+# fashion-table1: the same as Table 1, with samples
+$(call study,fashion-table1,fashion,,0 1 2,fashion/gd fashion/rank1+lam=1000)
+# average-fashion: GD with the average at a constant rate on FashionMNIST, against GD at the falling one
+$(call study,average-fashion,fashion,ema,0 1 2,fashion/gd fashion/gd+lr=2e-3+lr-decay=none+ema=0.99)
+
+# fisher: Figures 1 to 3 of a model of all digits at each rate, and a VAE at the constant one
+fisher: $(addprefix results/pages/fisher/falling-figure,1.json 2.json 3.json)
+fisher: $(addprefix results/pages/fisher/constant-figure,1.json 2.json 3.json vae.json)
+results/pages/fisher/falling-figure%.json: runs/figures/falling/model.pt
+	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
+results/pages/fisher/constant-figure%.json: runs/figures/constant/model.pt
+	$(PY) -m results.geometry $* $(<D) --to $(@:.json=)
+.PRECIOUS: runs/figures/%/model.pt
+runs/figures/%/model.pt: | .venv/installed
+	$(PY) rank1_ewc.py $($*) --method joint --out $(@D)
+# fisher-fashion: Figure 3 of the authors' small network, on FashionMNIST's first task: a GPU
+fisher-fashion: .venv/installed
+	$(PY) -m results.geometry 3 --data-dir $(DATA) --to results/pages/fisher/authors-figure3 \
+	  --first-task "--dataset fashion --channels 16 --layers-per-block 1 --epochs 100 --method gd"
+# movement: how the weights move along mu while the second task is learned
+movement: .venv/installed
+	$(PY) -m results.geometry $@ --to results/pages/directions/$@ \
+	  --first-task "--lr 1e-3 --lr-decay none --lam 1000 --seed 100"
+
+LISTED := $(shell sed -n 's/^\# \([a-z0-9-]*\): .*/\1/p' results/studies.mk)
+# Every table anew from the runs that are there; then the pages that include them. It trains nothing.
+NOT_YET := long-lambda long-test stiff
+CHECKED := $(filter-out $(NOT_YET) forgetting fisher fisher-fashion movement,$(LISTED))
+check-numbers: .venv/installed  # the maintainer's
+	$(MAKE) --no-print-directory CHECK=1 $(CHECKED)
+	$(PY) -m results.report --tally results/pages/*/*.csv
+	$(PY) -m results.report --include README.md results/README.md results/pages/*.md
+	git diff --stat --exit-code -- '*.md' '*.csv'
+
+.PHONY: check-numbers $(LISTED)
