@@ -1370,6 +1370,13 @@ def test_rank_k_fisher_keeps_no_more_gradients_than_fit_and_refuses_fewer_than_d
         beyond.rank_k_fisher(model, *small_images(), 1, generator(), k=2)
 
 
+def test_the_isotropic_fisher_has_the_trace_of_the_diagonal_and_no_direction():
+    alike = beyond.isotropic_fisher(small_unet(), *small_images(), 12, generator(3))
+    diagonal = r.diagonal_fisher(small_unet(), *small_images(), 12, generator(3))
+    torch.testing.assert_close(alike.sum(), diagonal.sum())
+    assert (alike == alike[0]).all()
+
+
 @pytest.mark.parametrize(("first", "end"), [(0, 333), (333, 667), (667, 1000), (700, 701)])
 def test_a_part_of_the_timesteps_is_taken_evenly_and_with_the_same_images_and_noise(first, end):
     x0, t, eps, y = small_batch(128)
@@ -1401,7 +1408,8 @@ def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(t
 def test_the_rows_that_beyond_adds_run(tiny, method):
     result, calls = tiny(method=method)
     directions = {"rank2": 2, "rank4": 4}.get(method, 1)
-    assert [len(row) for row in result["drift"]] == [directions * k for k in (1, 2, 3, 4)]
+    expected = [1] * 4 if method == "isotropic" else [directions * k for k in (1, 2, 3, 4)]
+    assert [len(row) for row in result["drift"]] == expected
     assert all(term > 0 for term in calls["train_step"][-1][0])
 
 
