@@ -434,7 +434,7 @@ def test_what_no_fisher_can_be_taken_of_is_refused_and_the_reason_said(fisher):
     (x, y), frozen, broken = small_images(), small_unet().requires_grad_(False), small_unet()
     broken.class_embedding.weight.data[4] = math.nan
     mean, zero = (lambda *v: r.per_sample_loss(*v).mean()), (lambda *v: 0 * r.per_sample_loss(*v))
-    cases = [(frozen, x, 6, {}, "all are frozen"), (broken, x, 6, {}, "not finite.*class 4, timestep")]
+    cases = [(frozen, x, 6, {}, "all are frozen"), (broken, x, 6, {}, "a gradient is not finite")]
     cases += [(small_unet(), x, 6, {"loss": mean}, "a number for each sample")]
     cases += [(small_unet(), images, n, {}, "cannot take") for images, n in ((x, 0), (x[:0], 6), (x[:2], 6))]
     if fisher is r.rank1_fisher:  # its c* would be 0 / 0
@@ -1070,7 +1070,7 @@ def test_a_run_from_the_command_line_leaves_its_results(tmp_path):
     for k, name in enumerate(pictures, 1):
         picture = torchvision.io.decode_image(str(tmp_path / name)).float()
         assert picture.shape[1:] == (2 * k * 34 + 2, 10 * 34 + 2) and picture.std() > 1
-    files = {*pictures, "checkpoint.pt", "log.jsonl", "model.pt", "result.json", ".lock"}  # no partial.json
+    files = {*pictures, "checkpoint.pt", "log.jsonl", "model.pt", "result.json", ".lock"}
     assert set(contents(tmp_path)) == files
 
 
@@ -1094,7 +1094,7 @@ STOPS = [
     ("train_step", 7, "--dropout=0.1", "1 of 5 tasks and 0 epochs"),
     ("train_step", 11, "--dropout=0.1", "1 of 5 tasks and 1 epochs"),
     ("frechet_distance", 7, "--dropout=0.1", "1 of 5 tasks and 2 epochs"),
-    ("write_json", 6, "--dropout=0.1", "5 of 5 tasks and 0 epochs"),  # all is done but the result
+    ("write_json", 1, "--dropout=0.1", "5 of 5 tasks and 0 epochs"),  # all is done but the result
     ("train_step", 16, "--method=joint", "0 of 5 tasks and 1 epochs"),
     ("train_step", 11, "--method=diag-only", "1 of 5 tasks and 1 epochs"),
     ("train_step", 11, "--method=rank1-proximal --ema=0.9", "1 of 5 tasks and 1 epochs"),
@@ -1102,13 +1102,13 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("what", "nth", "argv", "at"), STOPS)
-def test_ctrl_c_prints_a_command_that_ends_the_run_the_same(tiny, tmp_path, capsys, what, nth, argv, at):
+def test_after_ctrl_c_the_same_command_ends_the_run_the_same(tiny, tmp_path, capsys, what, nth, argv, at):
     argv, folders = ["--epochs=2", *argv.split()], [tmp_path / "stopped", tmp_path / "whole"]
     interrupted(tiny, what, nth, *argv, "--fresh", out="stopped")
     assert not (folders[0] / "result.json").exists()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("rank1_ewc: interrupted")
-    r.main(shlex.split(last.split(": ")[-1])[2:])  # without --fresh, which would begin again
+    assert last.startswith("rank1_ewc: interrupted; the same command, without --fresh, goes on")
+    tiny(*argv, out="stopped")
     assert f"{folders[0] / 'checkpoint.pt'}: {at}" in capsys.readouterr().out
     tiny(*argv, out="whole")
     stopped, whole = (r.read_result(folder / "result.json") | {"seconds": None} for folder in folders)
@@ -1120,9 +1120,9 @@ def test_ctrl_c_prints_a_command_that_ends_the_run_the_same(tiny, tmp_path, caps
 
 def test_a_run_that_is_not_finished_shows_what_it_has(tiny, tmp_path):
     interrupted(tiny, "train_step", 9)  # in the third task
-    result = json.loads((tmp_path / "run/partial.json").read_text())
-    assert (len(result["fid"]), len(result["afid"]), result["forgetting"]) == (2, 2, None)
+    assert [line["task"] for line in read_log(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run/samples-task2.png").exists()
+    assert not (tmp_path / "run/result.json").exists()
 
 
 def test_a_finished_run_given_again_prints_its_result_and_does_nothing(tiny, tmp_path, monkeypatch, capsys):
@@ -1177,7 +1177,7 @@ def test_sigterm_ends_a_run_at_once_as_ctrl_c_does_with_its_own_status(tmp_path)
     run.terminate()
     printed = run.communicate(timeout=30)[1]
     assert run.returncode == 143
-    assert shlex.join(command) in printed.splitlines()[-1]
+    assert "interrupted; the same command goes on" in printed.splitlines()[-1]
 
 
 @pytest.mark.slow
