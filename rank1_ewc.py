@@ -200,7 +200,7 @@ def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) 
 
         u, squares = mu / mu_norm, torch.zeros_like(mu[0])  # mu's direction; the sum of all (u^T g_i)^2
         batches = my_share(fisher_batches(x, y, n, generator), shared)
-        for i, batch in enumerate(split(batches, gradients_that_fit(network))):
+        for i, batch in enumerate(that_fit(network, batches)):
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
                 each = loss_of_each(network, batch, loss)
                 w = torch.ones_like(each, requires_grad=True)
@@ -675,8 +675,7 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
     "mnist": (partial(load_torchvision, "MNIST"), f"MNIST/raw/{IDX}"),
     "fashion": (partial(load_torchvision, "FashionMNIST"), f"FashionMNIST/raw/{IDX}"),
-    # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
-    "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),
+    "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),  # pickles, with known MD5s
     "imagenet32": (load_imagenet32, "imagenet32/{train_data_batch_1..10,val_data}.npz"),
 }
 
@@ -688,9 +687,9 @@ def load_data(name: str, data_dir: Path) -> Data:
     with or_stop(f"{name} cannot be used", f"get {data_dir / files}, or name another --data-dir"):
         data = load(data_dir)
         for x, y in (data[:2], data[2:]):
-            if x.dtype != torch.uint8 or x.ndim != 4:
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] != x.shape[3]:
                 found = f"{x.dtype} {tuple(x.shape)}"
-                raise ValueError(f"images must be uint8 in 0..255, (N, C, H, W), not {found}")
+                raise ValueError(f"images must be uint8 in 0..255, (N, C, H, W) with H = W, not {found}")
             classes, counts = y.unique(return_counts=True)
             if not classes.equal(torch.arange(int(data.y.max()) + 1)) or counts.min() < 2:
                 raise ValueError("it lacks training or test images of some class")
@@ -993,8 +992,8 @@ def compare_with_single_samples(exact: list, found: Tensor, u: Tensor | None = N
             raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
-def refuse_infinite(gradients: Tensor) -> None:
-    if not gradients.sum().isfinite():  # a sum is finite only if all its parts are
+def refuse_infinite(sums: Tensor) -> None:
+    if not sums.sum().isfinite():  # a sum is finite only if all its parts are
         raise FloatingPointError("a gradient is not finite")
 
 
@@ -1011,7 +1010,7 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
 
     losses, theta = Losses(), {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
     gradient = vmap(grad(lambda theta, sample: functional_call(losses, theta, sample)), (None, 0))
-    for i, batch in enumerate(split(batches, gradients_that_fit(model))):
+    for i, batch in enumerate(that_fit(model, batches)):
         # Before functional_call, which does not leave a module that is in the model twice as it was.
         exact = first_gradients(model, batch, loss) if i == 0 else []
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels do not support vmap
@@ -1021,16 +1020,12 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
         yield g
 
 
-def split(batches: Iterable, size: int) -> Iterator[tuple]:
-    """The batches in parts of `size` samples."""
-    return (part for batch in batches for part in zip(*(v.split(size) for v in batch)))
-
-
-def gradients_that_fit(model: nn.Module) -> int:
-    """How many samples' gradients take 1 GB while they are made, or on a GPU a quarter of what is free."""
+def that_fit(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
+    """The batches in parts whose gradients take 1 GB in the making, or on a GPU a quarter of what is free."""
     device, weights = next(model.parameters()).device, sum(p.numel() for p in trainable(model))
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
-    return max(2, memory // (8 * weights))  # of one alone it would not be seen that a model mixes samples
+    size = max(2, memory // (8 * weights))  # of one alone it would not be seen that a model mixes samples
+    return (part for batch in batches for part in zip(*(v.split(size) for v in batch)))
 
 
 # ---- Processes: torchrun starts several, on one machine or more, and each takes its share of a run's work.
@@ -1133,7 +1128,10 @@ class State:  # between two epochs
 
 def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
     torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
+    size, levels = data.x.shape[-1], len(cfg.channels)
     with or_stop("--channels do not fit", "choose others", ValueError):
+        if size % 2 ** (levels - 1) or size == 2 ** (levels - 1):  # a group norm needs more than one pixel
+            raise ValueError(f"{levels} levels, each of half the size, for {size}x{size} pixels")
         model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
     penalty = METHODS[cfg.method].penalty
     return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
@@ -1166,12 +1164,11 @@ def settings_of(cfg: Settings) -> dict:
 
 def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
     """Stop if `path` is of a run with other settings; say so if it is of another version of this script."""
-    usual = {name: row[0] for name, row in SETTINGS.items()} | RETIRED
-    for name in dict.fromkeys([*SETTINGS, *settings]):
-        old, new = settings.get(name, usual.get(name)), getattr(cfg, name, RETIRED.get(name))
-        if old != new and name not in MAY_CHANGE:
-            but = f"not {new}" if name in SETTINGS else "which this script does not know"
-            made = f"{path} was made with --{name.replace('_', '-')} {old}, {but}"
+    old = {name: row[0] for name, row in SETTINGS.items()} | RETIRED | settings
+    new = RETIRED | vars(cfg)
+    for name in old:
+        if name not in MAY_CHANGE and old[name] != new.get(name):
+            made = f"{path} was made with --{name.replace('_', '-')} {old[name]}, not {new.get(name)}"
             stop(f"{made}: --fresh starts over, --out names another folder")
     if script != SCRIPT:
         tqdm.write(f"note: {path} was made by another version of this script (--fresh starts over)")
@@ -1191,7 +1188,7 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 
 
 def load_checkpoint(cfg: Settings, state: State) -> None:
-    """The state becomes that of checkpoint.pt, if there is one. With --fresh the old run's files go instead."""
+    """The state becomes that of checkpoint.pt, if there is one. With --fresh the old run is deleted."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
     for name in ("result.json", "checkpoint.pt", "model.pt"):
         if cfg.fresh and rank() == 0:
@@ -1354,30 +1351,22 @@ def set_up(cfg: Settings) -> torch.device:
     return device
 
 
-def prepare(cfg: Settings, device: torch.device) -> tuple[Data, Callable[[Tensor], np.ndarray]]:
-    """The data, and the features of the FID; cfg.fid_features becomes their name."""
-    data, levels = load_data(cfg.dataset, cfg.data_dir), len(cfg.channels)
-    split_tasks(data, cfg.tasks)  # stops, if it does, before the classifier is trained
-    (height, size), smallest = data.x.shape[2:], 2 ** (levels - 1)
-    if height != size or size % smallest or size == smallest:  # a group norm needs more than one pixel
-        found = f"{cfg.dataset} has images of {height}x{size} pixels: they must be square, and fit"
-        stop(f"{found} --channels, which are {levels} levels, each of half the size")
-    if device.type == "cpu" and sum(cfg.channels) > 256:
-        print("note: this network takes months on a CPU; for a quick look in minutes: --small --limit 50")
-    inception = cfg.fid == "inception"
-    features = inception_features(device) if inception else classifier_features(cfg.dataset, data, device)
-    cfg.fid_features = "inception, legacy_tensorflow" if inception else f"{cfg.dataset}-classifier"
-    if cfg.limit:
-        data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"
-    return data, features
-
-
 def begin_run(cfg: Settings, device: torch.device) -> dict:
+    """Load the data and what the FID is computed on, whose name cfg.fid_features becomes; then run."""
     turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for i in range(3):  # one process may have to download, then one of each other machine, then all
         if i == turn:
-            data, features = prepare(cfg, device)
+            data = load_data(cfg.dataset, cfg.data_dir)
+            if cfg.fid == "inception":
+                features, cfg.fid_features = inception_features(device), "inception, legacy_tensorflow"
+            else:
+                features = classifier_features(cfg.dataset, data, device)
+                cfg.fid_features = f"{cfg.dataset}-classifier"
         all_sum(torch.zeros(1))  # all wait here
+    if cfg.limit:
+        data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"
+    if device.type == "cpu" and sum(cfg.channels) > 256:
+        print("note: this network takes months on a CPU; for a quick look in minutes: --small --limit 50")
     return run(cfg, data, features, device)
 
 
@@ -1394,7 +1383,6 @@ def main(argv: list[str] | None = None) -> dict:
             refuse_other(result["config"], result.get("script"), cfg, finished)
             told = f"{finished} holds a finished run (--fresh starts it over)"
         else:
-            cfg.out.mkdir(parents=True, exist_ok=True)
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
             with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():
                 result = begin_run(cfg, device)

@@ -864,13 +864,13 @@ def test_digits_are_all_there_about_160_test_images_a_task_and_limit_keeps_the_f
 
 def test_tasks_hold_every_class_once_in_label_order(monkeypatch):
     y = torch.randint(20 * 50, (60000,), generator=generator())
-    images = torch.stack([y // 256, y % 256], 1).to(torch.uint8).view(-1, 1, 1, 2)  # an image shows its label
+    images = torch.stack([y // 256, y % 256], 1).to(torch.uint8).view(-1, 2, 1, 1)  # an image shows its label
     monkeypatch.setitem(r.LOADERS, "any", (lambda _: r.Data(images, y, images[:20000], y[:20000]), ""))
     parts = r.split_tasks(r.load_data("any", Path()), 20)
     for k, part in enumerate(parts):
         for x, labels in (part[:2], part[2:]):
             assert labels.unique().equal(torch.arange(k * 50, (k + 1) * 50))
-            assert (256 * x[:, 0, 0, 0].long() + x[:, 0, 0, 1]).equal(labels)
+            assert (256 * x[:, 0, 0, 0].long() + x[:, 1, 0, 0]).equal(labels)
     assert [sum(map(len, column)) for column in zip(*parts)] == [60000, 60000, 20000, 20000]
     assert parts[0].x.untyped_storage().data_ptr() == parts[1].x.untyped_storage().data_ptr()  # views
 
@@ -1150,7 +1150,7 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
     cases += [(broken, "--lam=10", "damaged") for broken in (b"", b"{}", whole[: len(whole) // 2])]
     retired = whole.replace(b'"lam": 10.0, "fish', b'"form": "other", "lam": 10.0, "fish')
     if file == "result.json":  # of a setting that there was once, at another value than what is done now
-        cases += [(retired, "--lam=10", "--form other not know")]
+        cases += [(retired, "--lam=10", "--form other not loss")]
     for written, flag, words in cases:
         path.write_bytes(written)
         assert_refused(capsys, f"{words} {path} --fresh", *TINY, flag, "--out", path.parent)
@@ -1678,9 +1678,23 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it_and_says_what_woul
 
 def test_a_loader_whose_images_are_not_uint8_is_refused(capsys, monkeypatch, tmp_path):
     images, y = small_images(40)
-    for wrong in (images.float() / 255, images.long(), images[:, 0]):
+    for wrong in (images.float() / 255, images.long(), images[:, 0], images[..., 1:]):
         monkeypatch.setitem(r.LOADERS, "digits", (lambda _, wrong=wrong: r.Data(wrong, y, wrong, y), ""))
         assert_refused(capsys, f"uint8 in 0..255 (N, C, H, W) {wrong.dtype}", *QUICK, "--out", tmp_path)
+
+
+def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):
+    argv, forward = [*TINY, "--method=rank4", "--out", tmp_path / "run"], r.UNet.forward
+    assert_refused(capsys, "no Fisher rank 4 3 --method", *argv, "--fisher-samples=3")
+    mixing = lambda model, x, t, y: forward(model, x - x.mean(0), t, y)  # samples, as a batch norm does
+    monkeypatch.setattr(r.UNet, "forward", mixing)
+    assert_refused(capsys, "no Fisher mixes samples --method", *argv, "--fresh")
+
+
+def test_an_error_that_nobody_foresaw_ends_a_run_with_its_traceback(tiny, monkeypatch):
+    monkeypatch.setattr(r, "losses", Mock(side_effect=ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        tiny()
 
 
 @pytest.mark.parametrize(("name", "file", "wrong", "words"), WRONG_FILES)
