@@ -177,8 +177,6 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> 
 # multiple of v too, F ~ c* mu mu^T with c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1).
 # The mu of different t are nearly parallel: one mu, over random t, serves for all. But over all t, as the
 # method takes it, F is further from rank 1 than at high noise alone (results/README.md).
-
-
 def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
@@ -192,15 +190,14 @@ def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) 
         for batch in my_share(fisher_batches(x, y, n, generator), shared):
             each = loss_of_each(network, batch, loss)  # (B,)
             total += flat(torch.autograd.grad(each.sum(), theta, materialize_grads=True))
-            refuse_infinite(total)
         mu = all_sum(total, shared) / n
         mu_norm = math.sqrt(dot64(mu, mu))
         if not 0 < mu_norm < math.inf:
-            raise FloatingPointError(f"||mu|| is {mu_norm}: the loss does not depend on theta, or overflows")
+            raise FloatingPointError(f"||mu|| is {mu_norm}: no gradient, or one that is not finite")
 
         u, squares = mu / mu_norm, torch.zeros_like(mu[0])  # mu's direction; the sum of all (u^T g_i)^2
         batches = my_share(fisher_batches(x, y, n, generator), shared)
-        for i, batch in enumerate(that_fit(network, batches)):
+        for i, batch in enumerate(parts_that_fit(network, batches)):
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
                 each = loss_of_each(network, batch, loss)
                 w = torch.ones_like(each, requires_grad=True)
@@ -370,7 +367,7 @@ def train_step(model, teacher, penalty, optimizer, batch, gradient_of=terms_and_
 
 
 def epoch_batches(task: "Data", replay: tuple | None, size: int, *when: int) -> Iterator[tuple]:
-    """An epoch's batches (x0, t, eps, y): `size` real images each, then as many replayed ones, if there are.
+    """An epoch's batches (x0, t, eps, y): `size` real images each, then as many replayed ones, if any.
 
     when: the run's seed, the number of the task and that of the epoch: all draws depend on these.
     """
@@ -620,7 +617,7 @@ class Data(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: others."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: anything else."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = float(images.min()), float(images.max())
@@ -645,7 +642,7 @@ def load_digits(_: Path) -> Data:
 
 
 def load_torchvision(dataset: str | type, data_dir: Path) -> Data:
-    """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing."""
+    """A dataset of torchvision's, 32x32: MNIST's images of 28x28 are padded by 2. Downloads what is missing."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, dataset) if isinstance(dataset, str) else dataset
@@ -675,7 +672,8 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
     "mnist": (partial(load_torchvision, "MNIST"), f"MNIST/raw/{IDX}"),
     "fashion": (partial(load_torchvision, "FashionMNIST"), f"FashionMNIST/raw/{IDX}"),
-    "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),  # pickles, with known MD5s
+    # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
+    "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),
     "imagenet32": (load_imagenet32, "imagenet32/{train_data_batch_1..10,val_data}.npz"),
 }
 
@@ -745,7 +743,7 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
 def classifier_features(name: str, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, then cached."""
     torch.manual_seed(0)
-    # SiLU is smooth: a unit that is dead on two classes would make their covariance singular.
+    # SiLU, not ReLU: a unit that is dead on two classes would make their covariance singular.
     layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
     layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
     model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
@@ -812,7 +810,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps per image"),
     "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps per replayed image (default: sample-steps)"),
     "ema": (0.0, float, (0, 0.99999), "decay of the average of its weights that a task ends with; 0: none"),
-    "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level"),
+    "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level, as in 16,32"),
     "layers_per_block": (2, int, (1, 100), "residual blocks per level"),
     "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, see README"),
     "limit": (None, int, (2, 10**7), "a quick look: at most so many images per class, and less of all else"),
@@ -853,7 +851,7 @@ def or_stop(problem: str, advice: str, kind: type[Exception] = DAMAGED) -> Itera
     """An error of this kind ends the program in one line: the problem, the error's own words, the advice."""
     try:
         yield
-    except torch.OutOfMemoryError:  # has nothing to do with the problem: main() tells it
+    except torch.OutOfMemoryError:  # is another problem, and main() says what helps against it
         raise
     except kind as error:
         stop(f"{problem} ({type(error).__name__}: {error}): {advice}")
@@ -945,13 +943,13 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         raise ValueError("the Fisher is of the trainable weights: all are frozen (model.requires_grad_())")
     if loss is per_sample_loss and x.dtype != torch.uint8:
         to_float(x)
-    # A forward pass may change attributes, hooks, and buffers, these also in place.
+    # A forward pass may change hooks, attributes (the mode is one), and buffers, these also in place.
     modules, buffers = [*network.modules()], [(v, v.clone()) for v in network.buffers()]
     values = (v for m in modules for v in (vars(m), *vars(m).values()))
     held = [(v, copy.copy(v)) for v in values if type(v) in (dict, list, OrderedDict)]
     try:
         for m in modules:
-            m.training = False  # an attribute too; in eval() a LoRA layer may merge its weights
+            m.training = False  # not by eval(), in which a LoRA layer may merge its weights
         yield network
     except torch.OutOfMemoryError:
         raise
@@ -1010,8 +1008,8 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
 
     losses, theta = Losses(), {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
     gradient = vmap(grad(lambda theta, sample: functional_call(losses, theta, sample)), (None, 0))
-    for i, batch in enumerate(that_fit(model, batches)):
-        # Before functional_call, which does not leave a module that is in the model twice as it was.
+    for i, batch in enumerate(parts_that_fit(model, batches)):
+        # First, as functional_call does not leave a module that the model holds twice as it was.
         exact = first_gradients(model, batch, loss) if i == 0 else []
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels do not support vmap
             g = torch.cat([v.flatten(1) for v in gradient(theta, tuple(batch)).values()], 1)  # (b, D)
@@ -1020,7 +1018,7 @@ def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_l
         yield g
 
 
-def that_fit(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
+def parts_that_fit(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
     """The batches in parts whose gradients take 1 GB in the making, or on a GPU a quarter of what is free."""
     device, weights = next(model.parameters()).device, sum(p.numel() for p in trainable(model))
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
@@ -1301,8 +1299,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     for name, (value, kind, limits, text) in SETTINGS.items():
         options = {"type": kind, "choices": limits if kind is str else None}
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
-        shown = ",".join(map(str, value)) if kind is numbers else value
-        text = text if value is None or value is False else f"{text} ({shown})"
+        text = text if value is None or value is False else f"{text} ({value})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
@@ -1352,7 +1349,7 @@ def set_up(cfg: Settings) -> torch.device:
 
 
 def begin_run(cfg: Settings, device: torch.device) -> dict:
-    """Load the data and what the FID is computed on, whose name cfg.fid_features becomes; then run."""
+    """Load the data and the features of the FID, of which cfg.fid_features becomes the name; then run."""
     turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for i in range(3):  # one process may have to download, then one of each other machine, then all
         if i == turn:
