@@ -1192,8 +1192,7 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
         if cfg.fresh and rank() == 0:
             (cfg.out / name).unlink(missing_ok=True)
     if path.exists() and not cfg.fresh:
-        made = "is damaged, or of another version of this script"
-        with or_stop(f"{path} {made}", "remove it or give --fresh, to start over"):
+        with or_stop(f"{path} is damaged, or of another version of this script", "remove it or give --fresh"):
             saved = torch.load(path, map_location=device, weights_only=True)
             refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
             state.task = saved["task"]
