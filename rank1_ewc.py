@@ -492,7 +492,6 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 
 # ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it
 # in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
-
 HEAD_CHANNELS, PAPER_CHANNELS = 8, (128, 256, 256, 256)
 
 
@@ -780,7 +779,6 @@ def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callabl
 # ============================================================================================================
 
 # ---- Settings: a row each. A dataset's row holds only what differs from the paper's main experiments.
-
 Settings = argparse.Namespace
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
 DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
@@ -997,16 +995,9 @@ def refuse_infinite(sums: Tensor) -> None:
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
     """The gradients g_i one by one, in chunks (b, D): much slower than summing them. In eval mode."""
-
-    class Losses(nn.Module):  # with the model in it, so that the loss gets a model whose weights are replaced
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, *sample):
-            return loss_of_each(self.model, [v[None] for v in sample], loss)[0]
-
-    losses, theta = Losses(), {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
+    losses = nn.Module()  # with the model in it: so functional_call replaces the weights of the loss's model
+    losses.model, losses.forward = model, lambda *v: loss_of_each(model, [part[None] for part in v], loss)[0]
+    theta = {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
     gradient = vmap(grad(lambda theta, sample: functional_call(losses, theta, sample)), (None, 0))
     for i, batch in enumerate(parts_that_fit(model, batches)):
         # First, as functional_call does not leave a module that the model holds twice as it was.
