@@ -264,7 +264,7 @@ def test_fisher_samples_take_every_image_equally_often_with_its_label_at_random_
     assert eps.mean().abs() < 0.1
 
 
-@pytest.mark.parametrize("n", [6, 10, 150])  # each image once, some twice, and more than one batch
+@pytest.mark.parametrize("n", [6, 10, 130])  # each image once, some twice, and more than one batch
 def test_the_fishers_match_per_sample_gradients_c_star_over_fresh_draws(n):
     assert_fishers_are_right(small_unet(channels=(8, 8, 8), dropout=0.5), *small_images(), n)
 
@@ -351,7 +351,7 @@ def test_the_fishers_take_any_loss_of_single_samples_whatever_its_scale_and_floa
     assert_fishers_are_right(classifier, features, y, 12, loss=of_class)
     tiny, huge = (lambda *sample, scale=scale: scale * papers_loss(*sample) for scale in (1e-11, 1e10))
     for loss in (twice, part, tiny, huge):
-        assert_fishers_are_right(Denoiser(), r.to_float(images), y, 12, loss=loss)
+        assert_fishers_are_right(Denoiser(), images, y, 12, loss=loss)
 
 
 def test_sums_over_a_bfloat16_model_are_in_float32_and_its_penalty_can_be_computed():
@@ -627,7 +627,7 @@ def tiny(monkeypatch, tmp_path):
     test = torch.arange(60) % 6 < 5  # five of each class, upside down
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: r.Data(x, y, x[test].flip(2), y[test]), ""))
     monkeypatch.setattr(r, "classifier_features", lambda *_: four_pixels)
-    names = "learned tasks replays teachers samples fishers terms weights places rates modes"
+    names = "learned tasks replays teachers samples fishers weights places rates modes"
     seen = SimpleNamespace(**{name: [] for name in names.split()})
 
     def after_task(_, cfg, state, task, replay, bar):
@@ -636,7 +636,6 @@ def tiny(monkeypatch, tmp_path):
         seen.replays.append(replay)
 
     def after_step(terms, model, teacher, penalty, optimizer, *_):
-        seen.terms.append(terms)
         seen.weights.append(weights_of(model))
         seen.places.append([p.data_ptr() for p in model.parameters()])
         seen.rates.append(optimizer.param_groups[0]["lr"])
@@ -660,10 +659,11 @@ def tiny(monkeypatch, tmp_path):
     return lambda *argv, out="run": (r.main([*TINY, "--out", str(tmp_path / out), *argv]), seen)
 
 
-@pytest.mark.parametrize("method", r.METHODS)
+@pytest.mark.parametrize("method", [*r.METHODS, *beyond.METHODS])
 def test_each_methods_row_does_what_its_name_says(tiny, tmp_path, method):
-    joint, replays = method == "joint", method in ("replay", "gd", "diag", "rank1")
+    joint, replays = method == "joint", method not in ("joint", "finetune", "diag-only", "rank1-only")
     distills, penalizes = replays and method != "replay", method.startswith(("diag", "rank"))
+    directions = {"rank2": 2, "rank4": 4}.get(method, 1)
     result, seen = tiny(f"--method={method}")
     learned = [task.y.unique().tolist() for task in seen.tasks]
     replayed = [replay and replay[1].unique().tolist() for replay in seen.replays]
@@ -673,13 +673,15 @@ def test_each_methods_row_does_what_its_name_says(tiny, tmp_path, method):
     assert [line["distill"] > 0 for line in log] == [k > 0 and distills for k in range(len(log))]
     assert [line["ewc"] > 0 for line in log] == [k > 0 and penalizes for k in range(len(log))]
     assert len(result["fisher"]) == len(result["drift"]) == 4 * penalizes
+    for k, row in enumerate(result["drift"], 1):  # after tasks 2 to 5, of every old task
+        assert len(row) == (1 if method.startswith("diag") else directions * k)
     assert (result["lam"] > 0) == penalizes
     assert [row.count(None) for row in result["fid"]] == ([0] if joint else [4, 3, 2, 1, 0])
     assert joint == (result["forgetting"] is None) == (result["fid_pooled"] is not None)
     assert (result["afid"], result["forgetting"]) == r.afid_and_forgetting(result["fid"])
 
 
-def test_the_teacher_is_the_model_that_the_last_task_left_frozen_in_eval_mode_while_the_model_trains(tiny):
+def test_the_teacher_is_the_last_tasks_finished_model_frozen_in_eval_mode_while_the_student_trains(tiny):
     _, seen = tiny("--dropout=0.1", "--method=gd")
     teachers = [r.flat(teacher.parameters()) for teacher in seen.teachers]
     torch.testing.assert_close(teachers, seen.learned[:4], rtol=0, atol=0)
@@ -716,7 +718,6 @@ def test_a_fisher_is_taken_of_the_finished_model_on_the_tasks_images_after_each_
         assert x.equal(seen.tasks[k].x) and y.equal(seen.tasks[k].y)
         assert (n, options) == (10, {"shared": True})
         assert draws.initial_seed() == r.rng(CPU, 0, "fisher", k).initial_seed()
-    assert [len(row) for row in result["drift"]] == [1, 2, 3, 4]  # of every old task, after tasks 2 to 5
 
 
 @pytest.mark.parametrize("method", ["finetune", "joint"])
@@ -729,6 +730,7 @@ def test_a_fid_is_of_test_images_and_of_samples_of_the_same_labels_from_the_same
         exact = r.frechet_distance(four_pixels(tasks[k].test_x), four_pixels(images))
         assert result["fid"][j][k] == pytest.approx(exact)
     assert not noises[0].equal(noises[1])
+    assert min(result["fid_real"]) > 1  # of training images: of the test images themselves it would be 0
     if method == "joint":  # one more FID, of all classes together
         real, sampled = torch.cat([task.test_x for task in tasks]), torch.cat([v[0] for v in seen.samples])
         exact = r.frechet_distance(four_pixels(real), four_pixels(sampled))
@@ -751,7 +753,7 @@ def test_the_progress_bar_counts_the_steps_of_the_whole_run(tiny, monkeypatch):
     monkeypatch.setattr(r, "QUIET", False)
     spy(monkeypatch, r, "progress", lambda bar, *_: bars.append(bar) if bar.unit == "step" else None)
     _, seen = tiny("--method=gd")
-    assert [(bar.n, bar.total) for bar in bars] == [(15, 15)] and len(seen.terms) == 15
+    assert [(bar.n, bar.total) for bar in bars] == [(15, 15)] and len(seen.rates) == 15
 
 
 # ---- Part II: the network
@@ -1324,14 +1326,6 @@ def test_a_stiff_proximal_step_keeps_the_weights_where_the_old_tasks_want_them(t
     drifts = (tiny(f"--lam={lam}", "--method=rank1-proximal", out=lam)[0]["drift"] for lam in ("1e9", "0"))
     for held, moved in zip(*drifts):
         assert max(map(abs, held)) < 0.01 * max(map(abs, moved))
-
-
-@pytest.mark.parametrize("method", beyond.METHODS)
-def test_the_rows_that_beyond_adds_run(tiny, method):
-    result, seen = tiny(f"--method={method}")
-    directions = {"rank2": 2, "rank4": 4}.get(method, 1)
-    assert [len(row) for row in result["drift"]] == [directions * k for k in (1, 2, 3, 4)]
-    assert all(term > 0 for term in seen.terms[-1])
 
 
 @pytest.mark.slow
