@@ -469,9 +469,9 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
                 state.drift.append(state.penalty.drift(state.model).tolist())
             if method.penalty and k + 1 < cfg.tasks:
                 images = task.x, task.y, cfg.fisher_samples, rng(device, cfg.seed, "fisher", k)
-                with timed(state, "fisher"), or_stop("no Fisher", "choose another --method", ValueError):
+                with timed(state, "fisher"):
                     fisher = method.fisher(state.model, *images, shared=True)
-                    state.fisher.append(state.penalty.add(fisher, state.model))
+                state.fisher.append(state.penalty.add(fisher, state.model))
 
             with timed(state, "fid"):
                 sampled = evaluate(cfg, state.model, seen, features, device)
@@ -931,6 +931,10 @@ def copies(penalty: Penalty, fisher: Tensor, weights: nn.Module | Tensor) -> tup
 
 
 # ---- What a Fisher refuses: where it would be wrong.
+class FisherError(ValueError):
+    """The Fisher of this model, or by this method, cannot be taken."""
+
+
 @contextmanager
 def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> Iterator[nn.Module]:
     """The network in eval mode, if a Fisher can be taken; afterwards its modules are as they were before."""
@@ -952,7 +956,7 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the Fisher of this model cannot be taken: {error}") from error
+        raise FisherError(f"the Fisher of this model cannot be taken: {error}") from error
     finally:
         for now, before in held:
             now.clear()
@@ -1379,6 +1383,8 @@ def main(argv: list[str] | None = None) -> dict:
             same = f"the same command{', without --fresh,' if cfg.fresh else ''}"
             print(f"\nrank1_ewc: interrupted; {same} goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
+    except FisherError as error:
+        stop(f"{error}: choose another --method")
     except FloatingPointError as error:
         stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
     except filelock.Timeout:

@@ -1612,11 +1612,11 @@ def test_a_loader_whose_images_are_not_uint8_is_refused(capsys, monkeypatch, tmp
 
 
 def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):
-    argv, forward = [*TINY, "--method=rank4", "--out", tmp_path / "run"], r.UNet.forward
-    assert_refused(capsys, "no Fisher rank 4 3 --method", *argv, "--fisher-samples=3")
+    argv, forward = [*TINY, "--out", tmp_path / "run"], r.UNet.forward
+    assert_refused(capsys, "rank 4 3 --method", *argv, "--method=rank4", "--fisher-samples=3")
     mixing = lambda model, x, t, y: forward(model, x - x.mean(0), t, y)  # samples, as a batch norm does
     monkeypatch.setattr(r.UNet, "forward", mixing)
-    assert_refused(capsys, "no Fisher mixes samples --method", *argv, "--fresh")
+    assert_refused(capsys, "Fisher mixes samples --method", *argv, "--fresh")
 
 
 def test_an_error_that_nobody_foresaw_ends_a_run_with_its_traceback(tiny, monkeypatch):

@@ -79,11 +79,11 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False, k=1) -> tuple:
     """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as are kept.
 
-    Every process computes all of it, shared or not. ValueError: fewer than k gradients.
+    Every process computes all of it, shared or not. FisherError: fewer than k gradients.
     """
     n = min(n, gradients_kept(model))
     if n < k:
-        raise ValueError(f"rank {k} needs at least {k} gradients, not {n}")
+        raise r.FisherError(f"rank {k} needs at least {k} gradients, not {n}")
     with r.examined(model, x, y, n, loss) as network:
         G = torch.cat(list(r.gradients(network, r.fisher_batches(x, y, n, generator), loss)))
     values, vectors = eigenpairs(G, k)
