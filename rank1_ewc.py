@@ -40,6 +40,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -627,6 +628,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
+    if not x.isfinite().all():  # nan would become black, and its FID a number that looks like others
+        raise FloatingPointError("a generated image is not finite")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -666,6 +669,7 @@ def load_imagenet32(data_dir: Path) -> Data:
     return Data(*map(torch.cat, zip(*parts[:-1])), *parts[-1])
 
 
+PUBLISHED = {"digits": "aa07cdaa662c", "fashion": "b46905128f67"}  # their digests, of the data as published
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
 LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
@@ -677,22 +681,46 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
 }
 
 
+def refuse_unfit(data: Data) -> None:
+    """ValueError, which says what was found, unless all is as Data describes it and fits together."""
+    told = lambda v: f"{type(v).__name__} {getattr(v, 'dtype', '')} {tuple(getattr(v, 'shape', ()))}"
+    parts = ("training", *data[:2]), ("test", *data[2:])
+    for kind, x, y in parts:
+        if not (torch.is_tensor(x) and x.dtype == torch.uint8 and x.ndim == 4 and x.shape[2] == x.shape[3]):
+            raise ValueError(f"{kind} images must be a Tensor torch.uint8 (N, C, H, H), not {told(x)}")
+        if not (torch.is_tensor(y) and y.dtype == torch.int64 and y.ndim == 1):
+            raise ValueError(f"{kind} labels must be a Tensor torch.int64 (N,), not {told(y)}")
+        if not 0 < len(x) == len(y):
+            raise ValueError(f"there are {len(x)} {kind} images and {len(y)} {kind} labels")
+    if data.x.shape[1:] != data.test_x.shape[1:]:
+        raise ValueError(f"training images are {told(data.x)}, test images {told(data.test_x)}")
+    classes = int(max(data.y.max(), data.test_y.max())) + 1
+    for kind, _, y in parts:
+        counts = y.clamp(min=0).bincount(minlength=classes)
+        if y.min() < 0 or counts.min() < 2:  # an FID needs two images
+            few = f"label {int(counts.argmin())} stands at {int(counts.min())} {kind} images"
+            raise ValueError(f"labels must be 0, 1, 2, .., each at two images or more, but {few}")
+
+
+def digest(data: Data) -> str:
+    """12 hex digits that say which images and labels these are."""
+    sha = hashlib.sha256()
+    for v in data:
+        sha.update(v.contiguous().numpy())
+    return sha.hexdigest()[:12]
+
+
 def load_data(name: str, data_dir: Path) -> Data:
-    """A dataset, sorted by class. Stops if images are not uint8, or a class lacks some to learn or test."""
+    """A dataset, sorted by class. Stops if it cannot be read, or its images and labels do not fit together."""
     load, files = LOADERS[name]
-    sorted_by_class = []
     with or_stop(f"{name} cannot be used", f"get {data_dir / files}, or name another --data-dir"):
         data = load(data_dir)
-        for x, y in (data[:2], data[2:]):
-            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] != x.shape[3]:
-                found = f"{x.dtype} {tuple(x.shape)}"
-                raise ValueError(f"images must be uint8 in 0..255, (N, C, H, W) with H = W, not {found}")
-            classes, counts = y.unique(return_counts=True)
-            if not classes.equal(torch.arange(int(data.y.max()) + 1)) or counts.min() < 2:
-                raise ValueError("it lacks training or test images of some class")
-            order = y.argsort(stable=True)
-            sorted_by_class += [x[order], y[order]]
-    return Data(*sorted_by_class)
+        refuse_unfit(data)
+    order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
+    data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
+    if digest(data) != PUBLISHED.get(name, digest(data)):
+        print(f"note: these images or labels are not those that were published as {name}")
+    return data
 
 
 def limit_classes(data: Data, n: int) -> Data:
@@ -715,6 +743,8 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), both N >= 2."""
     a, b = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise FloatingPointError("the features of some images are not finite")
     # With A, B the centred features over sqrt(N - 1), M = A B^T, the last trace is that of (M M^T)^1/2: from
     # eigenvalues, as a matrix square root is slow and fails where N < d. QR's R has the same A^T A in d rows.
     A, B = ((v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (a, b))
@@ -733,7 +763,8 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights."""
     import cleanfid.features
 
-    with or_stop("no Inception weights", "put inception-2015-12-05.pt into /tmp, or take --fid classifier"):
+    advice = "put a whole inception-2015-12-05.pt into /tmp, or take --fid classifier"
+    with or_stop("no Inception weights", advice):
         # This network of clean-fid's (arXiv 2104.11222) resizes inside, as for the published numbers.
         network = cleanfid.features.build_feature_extractor("legacy_tensorflow", device, False)
     return lambda images: in_parts(lambda v: network(v.expand(-1, 3, -1, -1).float()), images, device)
@@ -746,9 +777,8 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
     layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
     model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
-    digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest}.pt")
+    path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest(data)}.pt")
     if not path.exists():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = rng(torch.device("cpu"), "classifier")
@@ -761,9 +791,12 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
         with whole(path) as file:
             torch.save(model.state_dict(), file)
     with or_stop(f"{path} is damaged", "remove it, and it is made again"):
-        model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        model.load_state_dict(load_whole(path, device))
     right = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1) == data.test_y.numpy()
     print(f"FID features: a classifier of {name}, {right.mean():.1%} right on its test images")
+    chance = 1 / len(model[-1].bias)
+    if right.mean() < chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
+        stop(f"no better than chance, {chance:.1%}: do these labels of {name} belong to these images?")
     return lambda images: in_parts(lambda v: model[:-1](to_float(v)), images, device)
 
 
@@ -792,6 +825,10 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 COUNT = (1, 10**7)
 SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices if any, help)
     "dataset": ("digits", str, DATASETS, "what is learned: a row of DATASETS"),
@@ -818,8 +855,13 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
     "cuda_graph": (None, bool, None, "start all kernels of a step at once (default: on GPUs with CUDA)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
-    "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
-    "out": (None, Path, None, "folder for the results (default: one in runs/, with --small in runs-small/)"),
+    "data_dir": (Path("data"), folder, None, "where the datasets are, or are downloaded to"),
+    "out": (
+        None,
+        folder,
+        None,
+        "folder for the results (default: one in runs/, with --small in runs-small/)",
+    ),
     "fresh": (False, bool, None, "start over and delete the run in --out"),
 }
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
@@ -868,6 +910,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise OSError(None, "no space left?", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_whole(path: Path, device: torch.device) -> dict:
+    """What torch.save wrote. ValueError if a byte of it has changed, which torch.load does not see."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # compares the checksums
+            raise ValueError(f"{damaged} in it has changed")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 # ---- theta: the weights that are not frozen, as one vector, in the order of model.parameters().
@@ -1102,6 +1152,7 @@ class Recorded:
 @dataclass
 class State:  # between two epochs
     model: UNet
+    data: str = ""  # the digest of the images and labels
     optimizer: torch.optim.Optimizer | None = None
     teacher: UNet | None = None  # the frozen model of the last task, with replay
     penalty: Penalty | None = None
@@ -1127,13 +1178,14 @@ def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
             raise ValueError(f"{levels} levels, each of half the size, for {size}x{size} pixels")
         model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
     penalty = METHODS[cfg.method].penalty
-    return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
+    return State(model.to(device), digest(data), penalty=penalty(cfg.lam) if penalty else None)
 
 
 def end_epoch(cfg: Settings, state: State, means: list[float], bar: tqdm) -> None:
     state.epoch += 1
-    if not all(map(math.isfinite, means)):
-        raise FloatingPointError(f"the loss of task {state.task + 1} is not finite in epoch {state.epoch}")
+    if not (all(map(math.isfinite, means)) and flat(trainable(state.model)).isfinite().all()):
+        where = f"task {state.task + 1} in epoch {state.epoch}"
+        raise FloatingPointError(f"the loss or a weight is not finite in {where}")
     terms = dict(zip(("denoise", "distill", "ewc"), means))
     state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | terms)
     bar.set_postfix({name: f"{v:.4f}" for name, v in terms.items() if v}, refresh=False)
@@ -1188,8 +1240,10 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
             (cfg.out / name).unlink(missing_ok=True)
     if path.exists() and not cfg.fresh:
         with or_stop(f"{path} is damaged, or of another version of this script", "remove it or give --fresh"):
-            saved = torch.load(path, map_location=device, weights_only=True)
+            saved = load_whole(path, device)
             refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
+            if saved["data"] != state.data:
+                stop(f"{path} is of other images or labels: --fresh starts over, --out names another folder")
             state.task = saved["task"]
             begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
             for name in ("model", "optimizer", "teacher", "penalty"):
@@ -1269,7 +1323,9 @@ def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.d
 def finish(cfg: Settings, state: State) -> dict:
     """After the last task: write model.pt and result.json. -> what result.json holds."""
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
-    result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
+    result |= {
+        name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift", "data")
+    }
     result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}

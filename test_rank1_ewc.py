@@ -1080,6 +1080,9 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
     path.parent.mkdir()
     cases = [(whole, "--lam=11", "--lam 10.0 11.0"), (whole, "--tasks=2", "--tasks 5 2")]
     cases += [(broken, "--lam=10", "damaged") for broken in (b"", b"{}", whole[: len(whole) // 2])]
+    if file == "checkpoint.pt":  # zeros in it, which torch.load does not see
+        parts = [len(whole) * share // 12 for share in range(1, 12)]
+        cases += [(whole[:i] + bytes(200) + whole[i + 200 :], "--lam=10", "damaged") for i in parts]
     retired = whole.replace(b'"lam": 10.0, "fish', b'"form": "other", "lam": 10.0, "fish')
     if file == "result.json":  # of a setting that there was once, at another value than what is done now
         cases += [(retired, "--lam=10", "--form other not loss")]
@@ -1090,6 +1093,32 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
     if file == "result.json":
         path.write_bytes(retired.replace(b"other", b"loss"))  # as it is done still
         assert r.main([*TINY, "--out", str(path.parent)])["method"] == "rank1"
+
+
+def test_a_run_goes_on_with_the_same_images_alone_and_its_result_says_which(tiny, tmp_path, capsys):
+    interrupted(tiny, "train_step", 7)
+    capsys.readouterr()
+    load, files = r.LOADERS["digits"]
+    other = lambda _: load(_)._replace(test_x=load(_).test_x.flip(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(r.LOADERS, "digits", (other, files))
+        assert_refused(capsys, "checkpoint.pt other images --fresh", *TINY, "--out", tmp_path / "run")
+    assert tiny()[0]["data"] == r.digest(r.load_data("digits", tmp_path))
+
+
+def test_weights_and_samples_that_are_not_finite_stop_a_run(tiny, monkeypatch, capsys, tmp_path):
+    with pytest.raises(FloatingPointError, match="image is not finite"):
+        r.to_uint8(torch.tensor([0.0, math.nan]))
+    with pytest.raises(FloatingPointError, match="features of some images"):
+        r.frechet_distance(np.full((3, 2), np.nan), np.ones((3, 2)))
+    steps = itertools.count(1)
+
+    def last_update_diverges(terms, model, *_):
+        if next(steps) == 2:  # the last of the first task: its loss was computed before
+            r.trainable(model)[0].data[0] = math.inf
+
+    spy(monkeypatch, r, "train_step", last_update_diverges)
+    assert_refused(capsys, "weight not finite task 1 --lr", *TINY, "--batch-size=6", "--out", tmp_path / "x")
 
 
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(tiny, tmp_path, capsys):
@@ -1565,7 +1594,7 @@ IDX, NPZ = "MNIST/raw/train-images-idx3-ubyte", "imagenet32/train_data_batch_7.n
 WRONG_FILES = [  # wrong: nothing in the file's place, the byte of it that is another, or other arrays
     ("mnist", IDX, None, "MNIST/raw"),
     ("mnist", IDX, 2, "MNIST/raw"),
-    ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte", 9, "mnist lacks images"),
+    ("mnist", "MNIST/raw/t10k-labels-idx1-ubyte", 9, "mnist label"),
     ("cifar10", f"{CIFAR}/data_batch_3", None, "cifar-10-python.tar.gz"),
     (
         "cifar10",
@@ -1579,7 +1608,7 @@ WRONG_FILES = [  # wrong: nothing in the file's place, the byte of it that is an
     ("imagenet32", NPZ, {"data": PIXELS[:, :3000], "labels": LABELS}, "batch_7.npz 3000 3072"),
     ("imagenet32", NPZ, {"data": PIXELS.astype(float), "labels": LABELS}, "batch_7.npz uint8"),
     ("imagenet32", NPZ, {"data": PIXELS, "labels": np.array([{}] * 44)}, "batch_7.npz allow_pickle=False"),
-    ("imagenet32", NPZ, {"data": PIXELS, "labels": np.arange(44) + 1}, "lacks images"),
+    ("imagenet32", NPZ, {"data": PIXELS, "labels": np.arange(44) + 1}, "imagenet32 label"),
 ]
 WRONG = "--dataset=digit --fid=vgg --device=tpu --device=cuda:99 --frobnicate --seed=-1 --lam=-1 --lam=inf"
 WRONG += " --lam=many --lr=0 --dropout=1 --ema=1 --limit=1 --epochs=0 --epochs=1.5 --epochs=1000000000000"
@@ -1604,11 +1633,39 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it_and_says_what_woul
     assert_refused(capsys, words or argv.replace("=", " "), *argv.split())
 
 
-def test_a_loader_whose_images_are_not_uint8_is_refused(capsys, monkeypatch, tmp_path):
-    images, y = small_images(40)
-    for wrong in (images.float() / 255, images.long(), images[:, 0], images[..., 1:]):
-        monkeypatch.setitem(r.LOADERS, "digits", (lambda _, wrong=wrong: r.Data(wrong, y, wrong, y), ""))
-        assert_refused(capsys, f"uint8 in 0..255 (N, C, H, W) {wrong.dtype}", *QUICK, "--out", tmp_path)
+GOOD = r.Data(*small_images(40), *small_images(20))
+UNFIT = [  # what a loader returns in the place of parts of GOOD, and the words that say so
+    ({"x": GOOD.x.float() / 255}, "training images uint8 Tensor torch.float32 (40, 1, 8, 8)"),
+    ({"test_x": GOOD.test_x.long()}, "test images uint8 Tensor torch.int64"),
+    ({"x": GOOD.x[:, 0]}, "training images (N, C, H, H) (40, 8, 8)"),
+    ({"x": GOOD.x[..., 1:]}, "training images (N, C, H, H) (40, 1, 8, 7)"),
+    ({"x": GOOD.x.numpy()}, "training images Tensor ndarray uint8"),
+    ({"y": [*GOOD.y]}, "training labels Tensor int64 list"),
+    ({"y": GOOD.y[:, None].expand(-1, 8)}, "training labels (N,) (40, 8)"),  # as QMNIST's are
+    ({"test_y": GOOD.test_y.float()}, "test labels torch.int64 torch.float32"),
+    ({"y": GOOD.test_y}, "40 training images 20 training labels"),
+    ({"test_x": GOOD.x[:0], "test_y": GOOD.y[:0]}, "0 test images 0 test labels"),
+    ({"test_x": GOOD.test_x[..., 4:, 4:]}, "training images (40, 1, 8, 8) test images (20, 1, 4, 4)"),
+    ({"y": GOOD.y + 1, "test_y": GOOD.test_y + 1}, "label 0 0 training images"),
+    ({"y": GOOD.y - 1}, "labels must be 0, 1, 2"),
+    ({"test_y": GOOD.test_y.clamp(max=8)}, "label 9 0 test images"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), UNFIT)
+def test_images_and_labels_that_do_not_fit_together_are_refused_with_what_was_found(
+    capsys, monkeypatch, tmp_path, wrong, words
+):
+    monkeypatch.setitem(r.LOADERS, "digits", (lambda _: GOOD._replace(**wrong), ""))
+    assert_refused(capsys, f"digits {words} --data-dir", *QUICK, "--out", tmp_path)
+
+
+def test_a_classifier_no_better_than_chance_stops_the_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = r.load_digits(tmp_path)
+    shuffled = data._replace(test_y=data.test_y[torch.randperm(800, generator=generator())])
+    monkeypatch.setitem(r.LOADERS, "digits", (lambda _: shuffled, ""))
+    assert_refused(capsys, "chance 10.0% labels digits", *QUICK, "--out", tmp_path / "run")
 
 
 def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):
