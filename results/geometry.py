@@ -4,10 +4,10 @@
     python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS [--to NAME] ..
     python -m results.geometry relearning RUN RUN .. --against RUN RUN .. --to NAME ..
 
-RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is learned
-here, and looked at. `movement` goes on to the second task, and watches its steps. Writes NAME.png and, the
-numbers, NAME.json; of 3 and vae the main ones as a table too, NAME.md. `relearning` asks something else of final
-models: how fast does each row of runs, paired seed by seed, learn its first task again? NAME.csv, .md and .png.
+RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is
+learned here, and looked at. `movement` goes on to the second task and watches its steps. Writes NAME.png and,
+the numbers, NAME.json; of 3 and vae the main ones as tables too, NAME.md. `relearning` compares how fast the
+final models of two rows of runs, a seed each, learn their first task again: NAME.csv, NAME.md and NAME.png.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t and mu_t
 those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F; A what stands in for F.
@@ -54,13 +54,6 @@ def add_legend(axes: Axes, ncols: int = 5) -> None:
     axes.legend(fontsize="small", ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def steps_below(axes: Axes, steps: list[int]) -> None:
-    """Mark these training steps, of which the first is 0, below the axes: logarithmic from the second on."""
-    axes.set_xscale("symlog", linthresh=steps[1])
-    axes.set_xticks(steps, [str(step) for step in steps])
-    axes.set_xlim(-0.1 * steps[1], 1.4 * steps[-1])
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The figures. Each function gives its numbers and its picture; the images lie on the model's device.
 
@@ -104,9 +97,9 @@ def geometry(
     """Describe F by N gradients at these timesteps. -> numbers, mu (D,), |cos(g_i, mu)| of each sample (N,).
 
     loss(predict, *batch) -> (B,). mu_noise: what ||mu|| would be if the gradients had no mean. energy: c*
-    ||mu||^2. error: ||F - A|| / ||F|| (Frobenius) of each A on the gradients that A is made of, as in the paper;
-    error_fresh: on as many others, of the same images with fresh noise. cos_top: like the mean of |cos(g_i, mu)|,
-    for F's top eigenvector in mu's place.
+    ||mu||^2. error: ||F - A|| / ||F||, Frobenius, of each A on the gradients that A is made of, as in the
+    paper; error_fresh: on as many others, of the same images with new noise. cos_top: like the mean of
+    |cos(g_i, mu)|, for F's top eigenvector in mu's place.
     """
     n = beyond.gradients_kept(model)
     draws = [samples(data, n, timesteps, purpose) for purpose in ("figure", "fresh")]
@@ -124,43 +117,40 @@ def geometry(
         "c* mu mu^T": (c_star**2 * norm**4, lambda g: c_star * mean_square(g @ mu)),
         "best of rank 1": (first**2 * float(top @ top) ** 2, lambda g: first * mean_square(g @ top)),
     }
-    whole = {"F of the first draws": (F_squared, lambda g: mean_square(g @ G.T))}
+    whole = {"F itself": (F_squared, lambda g: mean_square(g @ G.T))}  # of the first gradients
     numbers = {
         "c_star": c_star,
         "mu_norm": norm,
         "mu_noise": math.sqrt(trace / n),
         "energy": c_star * norm**2,
-        "trace": trace,
-        "eigenvalues": values[:5].tolist(),
-        "top_share": first / trace,
-        "cos_mu_top": abs(float(top @ mu)) / norm,
-        "error": errors(G, F_squared, fitted),
-        "error_fresh": errors(fresh, mean_square(fresh @ fresh.T), fitted | whole),
-        "cos_top": float(((G @ top).abs() / lengths).mean()),
     }
+    numbers |= {"trace": trace, "eigenvalues": values[:5].tolist(), "top_share": first / trace}
+    numbers["error"] = errors(G, F_squared, fitted)
+    numbers["error_fresh"] = errors(fresh, mean_square(fresh @ fresh.T), fitted | whole)
+    numbers["cos_mu_top"] = abs(float(top @ mu)) / norm
+    numbers["cos_top"] = float(((G @ top).abs() / lengths).mean())
     return numbers, mu, (G @ mu).abs() / (lengths * norm)
 
 
 def errors(g: Tensor, F_squared: float, approximations: dict) -> dict[str, float]:
-    """||F - A|| / ||F|| of each A, given as ||A||^2 and <F, A> of the gradients g (N, D); F_squared: ||F||^2."""
+    """||F - A|| / ||F|| of each A, given as ||A||^2 and <F, A> of gradients g (N, D); F_squared: ||F||^2."""
     squared = {name: F_squared - 2 * product(g) + A for name, (A, product) in approximations.items()}
     return {name: math.sqrt(max(v, 0.0) / F_squared) for name, v in squared.items()}
 
 
 def as_tables(described: dict[str, dict]) -> str:
-    """Two tables of what geometry() says of several F, a row a name: what F is like, and what A miss of it."""
-    rows, missed = [], []
+    """Two tables of what geometry() says of several F, a row a name: their shape, and each A's errors."""
+    shapes, misses = [], []
     for name, at in described.items():
         first, second, *_ = at["eigenvalues"]
         values = {"c\\*": at["c_star"], "norm of μ": at["mu_norm"], "of noise alone": at["mu_noise"]}
         values |= {"λ₁ / trace": at["top_share"], "λ₂ / λ₁": second / first}
         values |= {"\\|cos\\| of μ and top eigenvector": at["cos_mu_top"]}
-        rows.append({"F": name} | {column: f"{value:.2g}" for column, value in values.items()})
+        shapes.append({"F": name} | {column: f"{value:.2g}" for column, value in values.items()})
         same, fresh = at["error"], at["error_fresh"]
-        both = {A: f"{same[A]:.3f} / {e:.3f}" if A in same else f"- / {e:.3f}" for A, e in fresh.items()}
-        missed.append({"F": name} | both)
-    told = "Error of each A, ‖F − A‖ / ‖F‖, on the gradients that made it / on as many fresh ones:"
-    return f"{markdown(rows)}\n{told}\n\n{markdown(missed)}"
+        misses.append({"F": name} | {A: f"{same.get(A, 0):.3f} / {e:.3f}" for A, e in fresh.items()})
+    told = "Error ‖F − A‖ / ‖F‖ of each A, on the gradients that it was made of / on as many fresh ones:"
+    return f"{markdown(shapes)}\n{told}\n\n{markdown(misses)}"
 
 
 def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[list[dict], Tensor, Tensor]:
@@ -213,12 +203,10 @@ def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     c.plot(700, 0.022, "k*", ms=10, label="paper, t = 700: 0.022")
     c.set(title="(c) second eigenvalue over first", ylabel=r"$\lambda_2 / \lambda_1$", ylim=(0, 1.05))
     for i, name in enumerate(all_timesteps["error_fresh"]):
-        if name in all_timesteps["error"]:
-            d.plot(TIMES, [at["error"][name] for at in at_times], "o-", ms=4, color=f"C{i}", label=name)
-        fresh = [at["error_fresh"][name] for at in at_times]
-        d.plot(TIMES, fresh, "--", color=f"C{i}", label=None if name in all_timesteps["error"] else name)
-    d.set(title="(d) approximations A of $F_t$ (dashed: on fresh gradients)", ylim=(0, None))
-    d.set(ylabel=r"$\|F_t - A\| / \|F_t\|$")
+        same, fresh = ([at[error].get(name, 0) for at in at_times] for error in ("error", "error_fresh"))
+        d.plot(TIMES, same, "o-", ms=4, color=f"C{i}", label=name)
+        d.plot(TIMES, fresh, "--", color=f"C{i}")
+    d.set(title="(d) A of $F_t$; dashed: on fresh gradients", ylabel=r"$\|F_t - A\| / \|F_t\|$")
     for axes in (b, c, d):
         axes.set(xlabel="timestep t")
         add_legend(axes, 5 if axes is b else 3)
@@ -286,7 +274,9 @@ def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Fig
     for color, (name, share) in zip(("C0", "C1", "k"), PUBLISHED_SHARE.items()):
         axes.plot(VAE_STEPS[-1], share, "*", ms=12, color=color, label=f"paper, {name}: about {share:.0%}")
     axes.set(xlabel="training steps of the VAE", ylabel=r"$\lambda_1$ / trace of $F$", ylim=(0, 1.05))
-    steps_below(axes, VAE_STEPS)
+    axes.set_xscale("symlog", linthresh=VAE_STEPS[1])
+    axes.set_xticks(VAE_STEPS, [str(step) for step in VAE_STEPS])
+    axes.set_xlim(-3, 1.4 * VAE_STEPS[-1])
     add_legend(axes, ncols=3)
     table = as_tables({name: at[-1] for name, at in numbers.items() if name != "steps"})
     return {"samples": n, "table": table} | numbers, figure
@@ -329,7 +319,7 @@ class Watched(r.Rank1Penalty):
 
 
 def figure_movement(_: None, data: r.Data, cfg: r.Settings) -> tuple[dict, Figure]:
-    """Show how the weights move along mu of the first task while the second is learned, lambda 0 and lambda."""
+    """Show how weights move along mu of the first task while the second is learned, with lambda 0 and lam."""
     first, tasks = learn_first_task(cfg, data)
     generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
     fisher = r.rank1_fisher(first.model, tasks[0].x, tasks[0].y, cfg.fisher_samples, generator)
@@ -368,9 +358,9 @@ def figure_movement(_: None, data: r.Data, cfg: r.Settings) -> tuple[dict, Figur
 
 
 def relearn(cfg: r.Settings, model: nn.Module, data: r.Data, features: Callable) -> list[float]:
-    """Train a run's final model on task 1's real images alone. -> FID of task 1 after each of RELEARNING steps.
+    """Train a final model on task 1's real images alone. -> FID of task 1 after each of RELEARNING steps.
 
-    By the denoising loss, at a tenth of the run's learning rate, constant. The FID is taken as the run takes it.
+    By the denoising loss, at a constant tenth of the run's learning rate; the FID is taken as in the run.
     """
     task, gradient_of = r.split_tasks(data, cfg.tasks)[0], r.gradient_function(cfg)
     (size, _), real, fid = r.steps_of(cfg, task), features(task.test_x), []
@@ -388,65 +378,56 @@ def relearn(cfg: r.Settings, model: nn.Module, data: r.Data, features: Callable)
 
 
 def compare_relearning(fid: dict[str, np.ndarray], seeds: list[int], learned: float) -> tuple[dict, Figure]:
-    """Compare the FIDs (seeds, RELEARNING) of two rows, of which the second is the baseline.
+    """Compare the FIDs (seeds, RELEARNING) of two rows, the second the baseline. -> CSV, Markdown; picture.
 
-    learned: the mean FID of task 1 when it had just been learned. Intervals: 95%, by Student's t, over the seeds.
+    learned: the mean FID of task 1 when it had just been learned. Intervals: 95%, by Student's t, over seeds.
     """
     half = lambda v: student_t.ppf(0.975, len(v) - 1) * v.std(0, ddof=1) / math.sqrt(len(v))
     (ours, base), (a, b) = fid, fid.values()
+    mean, around = (a - b).mean(0), half(a - b)
+    table, lines = [], ["seed,row,steps,FID"]
+    for i, steps in enumerate(RELEARNING):
+        interval = np.array([mean[i], mean[i] - around[i], mean[i] + around[i]])
+        row = {"steps": steps, ours: float(a[:, i].mean()), base: float(b[:, i].mean())}
+        row["difference"] = "{:+.2f} ({:.2f} to {:.2f})".format(*interval)
+        row[f"of {base}'s mean"] = "{:+.1f}%, {:.1f} to {:.1f}".format(*100 * interval / row[base])
+        table.append(row)
+        lines += [f"{k},{name},{steps},{x}" for name, v in fid.items() for k, x in zip(seeds, v[:, i])]
+    told = f"FID of task 1 after so many steps on its images; just learned, it had {learned:.1f}. Mean of "
+    told += f"{len(seeds)} seeds; difference seed by seed, with the 95% interval of its mean."
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, v in fid.items():
         left.plot(RELEARNING, v.mean(0), "o-", ms=4, label=name)
         left.fill_between(RELEARNING, v.mean(0) - half(v), v.mean(0) + half(v), alpha=0.2, lw=0)
-    left.axhline(learned, color="grey", ls=":", label="when just learned")
-    mean, around = (a - b).mean(0), half(a - b)
-    right.errorbar(
-        RELEARNING, mean, around, fmt="o-", ms=4, capsize=3, label=f"{ours} less {base}, seed by seed"
-    )
+    left.axhline(learned, color="grey", ls=":", label="just learned")
+    right.errorbar(RELEARNING, mean, around, fmt="o-", ms=4, capsize=3, label=f"{ours} less {base}")
     right.axhline(0, color="black", lw=0.8)
-    for axes, label in ((left, "FID of task 1"), (right, "difference in FID of task 1")):
+    for axes, label in ((left, "FID of task 1"), (right, "difference, seed by seed")):
         axes.set(xlabel="training steps on task 1 alone", ylabel=f"{label} (mean, 95% interval)")
-        steps_below(axes, RELEARNING)
+        axes.set_xticks(RELEARNING)
         add_legend(axes)
-    table, lines = [], ["seed,row,steps,FID"]
-    for i, steps in enumerate(RELEARNING):
-        values = np.array([mean[i], mean[i] - around[i], mean[i] + around[i]])
-        shares = 100 * values / b[:, i].mean()
-        row = {"steps": steps, ours: float(a[:, i].mean()), base: float(b[:, i].mean())}
-        row["difference"] = "{:+.2f} ({:.2f} to {:.2f})".format(*values)
-        table.append(row | {f"of {base}'s": "{:+.1f}%, {:.1f} to {:.1f}".format(*shares)})
-        lines += [
-            f"{seed},{name},{steps},{v[j, i]}" for name, v in fid.items() for j, seed in enumerate(seeds)
-        ]
-    told = (
-        f"Mean FID of task 1 over {len(seeds)} seeds after so many steps on its images; when it had just been"
-    )
-    told += f" learned, it was {learned:.1f}. Differences: seed by seed, with the mean's 95% interval."
     return {"csv": "\n".join([*lines, ""]), "md": f"{markdown(table)}\n{told}\n"}, figure
 
 
 def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: str) -> tuple[dict, Figure]:
-    """Compare two rows of runs, seed by seed, in how fast they relearn task 1. -> CSV and Markdown; picture."""
+    """Relearn task 1 with two rows of runs, and compare_relearning(). Stops if the rows cannot be paired."""
     rows = [[load_run(run, data_dir, device) for run in row] for row in (runs, against)]
     rows = [sorted(row, key=lambda run: run[0].seed) for row in rows]
-    names = [
-        [f"{cfg.method} --lam {cfg.lam:g}" if cfg.lam else cfg.method for cfg, *_ in row] for row in rows
-    ]
-    seeds = [[cfg.seed for cfg, *_ in row] for row in rows]
-    first, *others = [r.settings_of(cfg) for row in rows for cfg, *_ in row]
-    differing = {name for name in first for other in others if other.get(name) != first[name]}
-    if differing := differing - {"seed", "method", "lam"}:
+    settings = [[r.settings_of(cfg) for cfg, *_ in row] for row in rows]
+    seeds = [[each.pop("seed") for each in row] for row in settings]
+    ours, base = (row[0] for row in settings)
+    alike = all(each == row[0] for row in settings for each in row)
+    if not alike or ours == base or ours | {key: base[key] for key in ("method", "lam")} != base:
         r.stop(
-            f"the runs differ in --{', --'.join(sorted(differing))}: only --seed, --method and --lam may differ"
+            "within a row the runs must differ in --seed alone, between the rows in --method and --lam too"
         )
-    if [len({*row}) for row in names] != [1, 1] or names[0][0] == names[1][0]:
-        r.stop(f"RUN .. and --against must be one method and --lam each, and not the same: {names}")
     if seeds[0] != seeds[1] or not 1 < len(seeds[0]) == len({*seeds[0]}):
-        r.stop(f"RUN .. and --against must have the same seeds, two or more, each once: {seeds}")
-    cfg, _, data = rows[0][0]
-    features, fid = r.prepare(cfg, data.x.device)[1], {}
-    for (name, *_), row in zip(names, rows):
+        r.stop(f"both rows must have the same seeds, two at least, a run each: not {seeds[0]} and {seeds[1]}")
+    features, fid = r.prepare(rows[0][0][0], rows[0][0][2].x.device)[1], {}
+    for of, row in zip((ours, base), rows):
+        name = f"{of['method']} --lam {of['lam']:g}" if of["lam"] else of["method"]
         fid[name] = np.array([relearn(*run, features) for run in r.progress(row, name, unit="run")])
     learned = [r.read_result(run / "result.json")["fid"][0][0] for run in against]
     return compare_relearning(fid, seeds[0], float(np.mean(learned)))
@@ -497,32 +478,22 @@ def main(argv: list[str] | None = None) -> None:
     """Make a figure of a finished run, or compare how fast runs relearn: a picture and its numbers."""
     parser = argparse.ArgumentParser("python -m results.geometry", description=__doc__.split("\n\n")[0])
     parser.error = r.stop
-    what = (
-        "the paper's number of a figure; the VAE control; movement or relearning, which go beyond the paper"
-    )
-    parser.add_argument("figure", choices=[*FIGURES, "relearning"], help=what)
-    parser.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run; or, without"
-    )
+    parser.add_argument("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run; or:")
     parser.add_argument("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
-    parser.add_argument("--against", metavar="RUN", type=Path, nargs="+", help="relearning: the runs of GD")
+    parser.add_argument("--against", metavar="RUN", type=Path, nargs="+", help="the other row, of relearning")
     parser.add_argument("--to", metavar="NAME", help="of the files (default: results/figure1-<dataset>, ..)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
     if args.figure == "relearning":
         if not (args.runs and args.against and args.to) or args.first_task:
-            r.stop("relearning takes runs, the runs --against which they are compared, and --to NAME")
+            r.stop("relearning takes runs, others to compare them with, --against RUN .., and --to NAME")
         texts, figure = relearning(args.runs, args.against, args.data_dir, args.device)
         return save(args.to, figure, **texts)
-    if (
-        len(args.runs) != (args.first_task is None)
-        or (args.runs and args.figure == "movement")
-        or args.against
-    ):
-        r.stop(
-            "name a finished run, or else --first-task FLAGS (movement: always); --against is for relearning"
-        )
+    first = args.first_task is not None
+    if len(args.runs) != (not first) or (args.figure == "movement" and not first) or args.against:
+        r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
     if args.runs:
         cfg, model, data = load_run(*args.runs, args.data_dir, args.device)
     else:
