@@ -108,23 +108,21 @@ def geometry(
     # ||A||^2 and by <F, A> = E[g^T A g], a function of the gradients.
     values, (top,) = beyond.eigenpairs(G, 1)
     mu, diagonal, lengths = G.mean(0), G.square().mean(0), G.norm(dim=1)  # (D,), (D,) and (N,)
-    norm, trace, first, F_squared = map(float, (mu.norm(), values.sum(), values[0], values.square().sum()))
+    norm = math.sqrt(r.dot64(mu, mu))
+    trace, first, F_squared = map(float, (values.sum(), values[0], values.square().sum()))
     mean_square = lambda v: float(v.square().mean())
-    c_star = mean_square(G @ mu) / norm**4  # E[(mu^T g)^2] = mu^T F mu
+    along = lambda g, v: mean_square(torch.linalg.vecdot(g, v))  # E[(v^T g)^2]; g @ v would round too much
+    c_star = along(G, mu) / norm**4
     fitted = {
         "diagonal": (mean_square(diagonal) * len(mu), lambda g: float(g.square().mean(0) @ diagonal)),
-        "mu mu^T": (norm**4, lambda g: mean_square(g @ mu)),
-        "c* mu mu^T": (c_star**2 * norm**4, lambda g: c_star * mean_square(g @ mu)),
-        "best of rank 1": (first**2 * float(top @ top) ** 2, lambda g: first * mean_square(g @ top)),
+        "mu mu^T": (norm**4, lambda g: along(g, mu)),
+        "c* mu mu^T": (c_star**2 * norm**4, lambda g: c_star * along(g, mu)),
+        "best of rank 1": ((first * r.dot64(top, top)) ** 2, lambda g: first * along(g, top)),
     }
     whole = {"F itself": (F_squared, lambda g: mean_square(g @ G.T))}  # of the first gradients
-    numbers = {
-        "c_star": c_star,
-        "mu_norm": norm,
-        "mu_noise": math.sqrt(trace / n),
-        "energy": c_star * norm**2,
-    }
-    numbers |= {"trace": trace, "eigenvalues": values[:5].tolist(), "top_share": first / trace}
+    numbers = {"c_star": c_star, "mu_norm": norm, "mu_noise": math.sqrt(trace / n)}
+    numbers |= {"energy": c_star * norm**2, "trace": trace, "top_share": first / trace}
+    numbers["eigenvalues"] = values[:5].tolist()
     numbers["error"] = errors(G, F_squared, fitted)
     numbers["error_fresh"] = errors(fresh, mean_square(fresh @ fresh.T), fitted | whole)
     numbers["cos_mu_top"] = abs(float(top @ mu)) / norm
@@ -203,10 +201,10 @@ def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     c.plot(700, 0.022, "k*", ms=10, label="paper, t = 700: 0.022")
     c.set(title="(c) second eigenvalue over first", ylabel=r"$\lambda_2 / \lambda_1$", ylim=(0, 1.05))
     for i, name in enumerate(all_timesteps["error_fresh"]):
-        same, fresh = ([at[error].get(name, 0) for at in at_times] for error in ("error", "error_fresh"))
+        same, fresh = ([at[key].get(name, math.nan) for at in at_times] for key in ("error", "error_fresh"))
         d.plot(TIMES, same, "o-", ms=4, color=f"C{i}", label=name)
         d.plot(TIMES, fresh, "--", color=f"C{i}")
-    d.set(title="(d) A of $F_t$; dashed: on fresh gradients", ylabel=r"$\|F_t - A\| / \|F_t\|$")
+    d.set(title="(d) approximations A of $F_t$; dashed: fresh gradients", ylabel=r"$\|F_t - A\| / \|F_t\|$")
     for axes in (b, c, d):
         axes.set(xlabel="timestep t")
         add_legend(axes, 5 if axes is b else 3)
