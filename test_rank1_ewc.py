@@ -1374,12 +1374,14 @@ def test_beyond_takes_the_scripts_flags_and_refuses_fewer_samples_than_direction
 
 
 # ---- results/geometry.py: what a trained model says
-def test_the_geometry_from_the_gram_matrix_is_that_of_the_whole_matrix():
+def test_the_geometry_from_the_gram_matrix_is_that_of_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(beyond, "GRADIENTS", 12)
     model = torch.nn.Linear(16, 16, bias=False)
     model.forward = lambda x, t, y: (x.flatten(1) @ model.weight.T).view_as(x)
-    batches = list(r.fisher_batches(*small_images(size=4), 12, generator(3)))
-    numbers, mu, cos = geometry.geometry(model, batches)
-    g = gradients_one_by_one(model, batches).numpy()  # (12, 256)
+    data = r.Data(*small_images(size=4), *small_images(size=4))
+    numbers, mu, cos = geometry.geometry(model, data)
+    draws = [geometry.samples(data, 12, draw=draw) for draw in ("figure", "fresh")]
+    g, fresh = (gradients_one_by_one(model, draw).numpy() for draw in draws)  # (12, 256)
     F, mean, norm, length = g.T @ g / 12, g.mean(0), np.linalg.norm(g.mean(0)), np.linalg.norm(g, axis=1)
     values, vectors = np.linalg.eigh(F)
     top, trace, c_star = vectors[:, -1], np.trace(F), mean @ F @ mean / norm**4
@@ -1389,12 +1391,25 @@ def test_the_geometry_from_the_gram_matrix_is_that_of_the_whole_matrix():
     exact = {"c_star": c_star, "mu_norm": norm, "mu_noise": math.sqrt(trace / 12), "energy": c_star * norm**2}
     exact |= {"trace": trace, "eigenvalues": values[:-6:-1], "top_share": values[-1] / trace}
     exact |= {"cos_mu_top": abs(top @ mean) / norm, "cos_top": (abs(g @ top) / length).mean()}
-    exact["error"] = {name: np.linalg.norm(F - A) / np.linalg.norm(F) for name, A in matrices.items()}
+    relative = lambda F, A: np.linalg.norm(F - A) / np.linalg.norm(F)
+    exact["error"] = {name: relative(F, A) for name, A in matrices.items()}
+    exact["error_fresh"] = {name: relative(fresh.T @ fresh / 12, A) for name, A in matrices.items()}
+    exact["error_fresh"]["F itself"] = relative(fresh.T @ fresh / 12, F)
     assert numbers.keys() == exact.keys()
     for name, value in exact.items():
         assert numbers[name] == pytest.approx(value, rel=1e-3), name
     assert mu.numpy() == pytest.approx(mean, abs=1e-6, rel=1e-4)
     assert cos.numpy() == pytest.approx(abs(g @ mean) / length / norm, abs=1e-3)
+
+
+def test_where_gradients_have_no_direction_rank_1_beats_the_diagonal_only_on_those_that_made_it(monkeypatch):
+    monkeypatch.setattr(beyond, "GRADIENTS", 12)  # fewer than the root of the number of weights
+    model, data = torch.nn.Linear(256, 1, bias=False), r.Data(*small_images(size=16), *small_images(size=16))
+    isotropic = lambda model, x0, t, eps, y: model(eps.flatten(1))[:, 0]  # g = eps: F is the identity
+    numbers, _, _ = geometry.geometry(model, data, loss=isotropic)
+    for name in ("mu mu^T", "c* mu mu^T", "best of rank 1"):
+        assert numbers["error"][name] < numbers["error"]["diagonal"]
+        assert numbers["error_fresh"][name] > 1 > numbers["error_fresh"]["diagonal"]  # 1: of A = 0
 
 
 def test_proposition_1_in_figure_1_the_best_denoiser_goes_from_the_image_to_the_mean_image_of_its_class():
@@ -1442,9 +1457,79 @@ def test_a_figure_of_a_run_or_its_first_task_comes_with_its_numbers(tmp_path, fi
     assert (numbers["config"]["method"], numbers["config"]["channels"]) == ("rank1", [16])
     assert torchvision.io.decode_image(str(to.with_suffix(".png"))).float().std() > 1
     if figure == "3":
-        last_row = to.with_suffix(".md").read_text().splitlines()[-1].split("|")
-        assert last_row[2].strip() == f"{numbers['all timesteps']['c_star']:.2g}"
+        lines, at = to.with_suffix(".md").read_text().splitlines(), numbers["all timesteps"]
+        shape, errors = ([cell.strip() for cell in line.split("|")] for line in lines if "random t" in line)
+        assert shape[2] == f"{at['c_star']:.2g}"
+        assert errors[4] == f"{at['error']['c* mu mu^T']:.3f} / {at['error_fresh']['c* mu mu^T']:.3f}"
     assert contents(run) == before
+
+
+def test_relearning_trains_on_task_1_alone_and_takes_its_fid_as_the_run_does(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(geometry, "RELEARNING", [0, 2, 3])
+    folders, final = {"gd": [], "rank1": []}, {}
+    for method, seed in itertools.product(folders, "10"):
+        folders[method].append(str(tmp_path / f"{method}{seed}"))
+        result, calls = tiny("--tasks=2", "--seed", seed, out=f"{method}{seed}", method=method)
+        final[method, seed] = result["fid"][-1][0]
+    del calls["train_step"][:], calls["steps"][:]
+    to = str(tmp_path / "to")
+    geometry.main(["relearning", *folders["rank1"], "--against", *folders["gd"], "--to", to])
+    lines = [line.split(",") for line in Path(f"{to}.csv").read_text().splitlines()[1:]]
+    fid = {(row.split()[0], seed, steps): float(value) for seed, row, steps, value in lines}
+    assert {of[:2]: value for of, value in fid.items() if of[2] == "0"} == final
+
+    trained = calls["train_step"]
+    assert [(training, lr) for _, lr, training, _ in calls["steps"]] == [(True, pytest.approx(4e-4))] * 12
+    assert all(call[2] is call[3] is None for call in trained)  # neither a teacher nor a penalty
+    draws = [call[5] for call in trained]
+    torch.testing.assert_close(draws[:6], draws[6:], rtol=0, atol=0)  # the same for both rows
+    assert not draws[0][2].equal(draws[3][2]) and torch.cat([batch[3] for batch in draws]).max() < 5
+    cfg, model, data = geometry.load_run(tmp_path / "gd1", Path(), "cpu")
+    adam, task = torch.optim.Adam(model.parameters(), lr=4e-4), r.split_tasks(data, 2)[0]
+    for batch in draws[-3:]:
+        adam.zero_grad()
+        papers_loss(model, *batch).mean().backward()
+        adam.step()
+    sampled = r.evaluate(cfg, model, [task], four_pixels, CPU)[0]
+    assert fid["gd", "1", "3"] == pytest.approx(
+        r.frechet_distance(four_pixels(task.test_x), sampled), rel=1e-3
+    )
+
+
+def test_two_rows_relearning_are_compared_seed_by_seed():
+    ours, base = torch.rand(2, 5, 6, generator=generator()).double().numpy() + 20
+    texts, _ = geometry.compare_relearning({"rank1": ours, "gd": base}, [5, 6, 7, 8, 9], 18.0)
+    assert f"9,gd,100,{base[4, 5]}" == texts["csv"].splitlines()[-1]
+    row = [cell.strip() for cell in texts["md"].splitlines()[7].split("|")]  # after 100 steps
+    low, high = scipy.stats.ttest_rel(ours[:, 5], base[:, 5]).confidence_interval()
+    mean, whole = (ours - base)[:, 5].mean(), base[:, 5].mean() / 100
+    assert row[1:4] == ["100", f"{ours[:, 5].mean():.1f}", f"{base[:, 5].mean():.1f}"]
+    assert row[4] == f"{mean:+.2f} ({low:.2f} to {high:.2f})"
+    assert row[5] == f"{mean / whole:+.1f}%, {low / whole:.1f} to {high / whole:.1f}"
+
+
+def test_relearning_refuses_runs_that_cannot_be_paired_or_have_no_model(tiny, tmp_path, capsys):
+    result, _ = tiny("--tasks=2", method="gd")
+    kinds = {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 2, "epochs": 2}}
+    for method, out in itertools.product(("gd", "rank1"), kinds):
+        config = result["config"] | kinds[out] | {"method": method}
+        r.write_json(tmp_path / f"{method}-{out}/result.json", result | {"config": config})
+        (tmp_path / f"{method}-{out}/model.pt").write_bytes((tmp_path / "run/model.pt").read_bytes())
+    capsys.readouterr()
+
+    def refused(words, runs, against):
+        runs, against = ([tmp_path / name for name in names.split()] for names in (runs, against))
+        argv = ["relearning", *runs, "--against", *against, "--to", "to"]
+        assert_refused(capsys, words, *argv, main=geometry.main)
+
+    refused("within a row --seed alone", "rank1-a rank1-b", "gd-a gd-c")
+    refused("between the rows --method", "rank1-a rank1-c", "gd-a gd-b")
+    refused("between the rows --method", "gd-a gd-b", "gd-a gd-b")
+    refused("same seeds two [1, 2] [1, 1]", "rank1-a rank1-b", "gd-a gd-a")
+    refused("same seeds two [1] [1]", "rank1-a", "gd-a")
+    (tmp_path / "gd-b/model.pt").unlink()
+    refused("gd-b/model.pt missing --fresh", "rank1-a rank1-b", "gd-a gd-b")
+    assert_refused(capsys, "relearning --against --to", "relearning", tmp_path / "gd-a", main=geometry.main)
 
 
 # ---- results/report.py: what finished runs say together
