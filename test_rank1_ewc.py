@@ -1665,12 +1665,33 @@ def test_a_text_includes_the_tables_as_their_files_now_are():
 
 
 @pytest.mark.slow
-def test_bench_does_the_same_work_both_ways(tmp_path):
-    lines = bench.main(["--quick", "--to", str(tmp_path / "bench.json")])
-    assert len(lines) == 7
+def test_bench_does_the_same_work_both_ways_in_parts_and_in_whole_runs(tmp_path):
+    lines = bench.main(["--small", "--to", str(tmp_path)])
+    assert len(lines) == 9
     for name, line in lines.items():
         assert line["difference"] <= (line["same to"] or 0.05), name  # 0.05: in bfloat16, on a GPU
-    assert (tmp_path / "bench.json").exists()
+    (table,) = tmp_path.glob("bench-*.md")
+    assert all(f"| {name} " in table.read_text() for name in lines)
+
+
+def test_tricks_are_measured_row_by_row_and_one_that_fails_or_cannot_be_is_noted(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.shutil, "which", lambda _: None)  # no compiler: it would take minutes
+    monkeypatch.setattr(r, "rank1_fisher", Mock(side_effect=RuntimeError("too\nlittle memory")))
+    rows = bench.main(["--tricks", "--small", "--to", str(tmp_path)])
+    for work in ("training step", "sampling"):
+        assert [rows[work, name]["difference"] for name in ("float32", "bfloat16")] == [
+            0,
+            pytest.approx(0, abs=0.3),
+        ]
+        exact = rows[work, "bfloat16"]["difference"]
+        assert rows[work, "channels_last"]["difference"] == pytest.approx(exact, abs=0.05)
+        assert len(rows[work, "channels_last"]["ms"]) == 1
+        assert rows[work, "torch.compile"]["note"] == "needs a C++ compiler"
+    assert rows["mu and c*", "float32"]["note"] == "failed: RuntimeError: too little memory"
+    assert rows["mu and c*", "torch.compile"]["note"] == "torch.compile has no second derivative"
+    (table,) = tmp_path.glob("tricks-*.md")
+    assert table.read_text().count("\n| ") == 1 + len(rows)
+    assert not any(row["ms"] for row in bench.main(["--tricks", "--small", "--minutes=0"]).values())
 
 
 # ---- bad input: one line on stderr that says what to do, status 2, before any training
