@@ -37,10 +37,10 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -178,8 +178,6 @@ def fisher_batches(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> 
 # multiple of v too, F ~ c* mu mu^T with c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1).
 # The mu of different t are nearly parallel: one mu, over random t, serves for all. But over all t, as the
 # method takes it, F is further from rank 1 than at high noise alone (results/README.md).
-
-
 def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws and c* = E[(mu^T g)^2] / ||mu||^4, a scalar, over n fresh ones.
 
@@ -193,21 +191,20 @@ def rank1_fisher(model, x, y, n, generator, loss=per_sample_loss, shared=False) 
         for batch in my_share(fisher_batches(x, y, n, generator), shared):
             each = loss_of_each(network, batch, loss)  # (B,)
             total += flat(torch.autograd.grad(each.sum(), theta, materialize_grads=True))
-            refuse_infinite(total, each, batch)
         mu = all_sum(total, shared) / n
         mu_norm = math.sqrt(dot64(mu, mu))
         if not 0 < mu_norm < math.inf:
-            raise FloatingPointError(f"||mu|| is {mu_norm}: the loss does not depend on theta, or overflows")
+            raise FloatingPointError(f"||mu|| is {mu_norm}: no gradient, or one that is not finite")
 
         u, squares = mu / mu_norm, torch.zeros_like(mu[0])  # mu's direction; the sum of all (u^T g_i)^2
         batches = my_share(fisher_batches(x, y, n, generator), shared)
-        for i, batch in enumerate(split(batches, gradients_that_fit(network))):
+        for i, batch in enumerate(parts_that_fit(network, batches)):
             with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have no second derivative
                 each = loss_of_each(network, batch, loss)
                 w = torch.ones_like(each, requires_grad=True)
                 G = flat(torch.autograd.grad(each, theta, w, create_graph=True, materialize_grads=True))
             (u_g,) = torch.autograd.grad(u @ G.to(u.dtype), w)  # (B,)
-            refuse_infinite(u_g, u_g, batch)
+            refuse_infinite(u_g)
             squares += u_g.to(u.dtype).square().sum()
             if i == 0:
                 compare_with_single_samples(first_gradients(network, batch, loss), u_g, u)
@@ -371,14 +368,14 @@ def train_step(model, teacher, penalty, optimizer, batch, gradient_of=terms_and_
 
 
 def epoch_batches(task: "Data", replay: tuple | None, size: int, *when: int) -> Iterator[tuple]:
-    """An epoch's batches (x0, t, eps, y): `size` real images each, then as many replayed ones, if there are.
+    """An epoch's batches (x0, t, eps, y): `size` real images each, then as many replayed ones, if any.
 
     when: the run's seed, the number of the task and that of the epoch: all draws depend on these.
     """
     x, y, device = task.x, task.y, task.x.device
     purposes = ("order", "noise", "replay", "dropout")
     draw = {purpose: rng(device, when[0], purpose, *when[1:]) for purpose in purposes}
-    seed_dropout(draw["dropout"])  # the global generator
+    torch.manual_seed(draw["dropout"].initial_seed() + rank())  # dropout knows only the global generator
     order = torch.randperm(len(x), generator=draw["order"], device=device)
     for index in order[: len(x) // size * size].split(size):  # full batches: a random remainder is left out
         images, labels = x[index], y[index]
@@ -451,11 +448,11 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     """
     method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
     stages = [data] if method.joint else tasks  # what is learned, one after the other
+    steps = [steps_of(cfg, stage)[1] for stage in stages]
     state = new_state(cfg, data, device)
     load_checkpoint(cfg, state)  # if there is one, into the state
     real = [features(task.test_x) for task in tasks]
     state.fid_real = state.fid_real or fid_of_training_images(cfg, tasks, real, features)
-    steps = [steps_of(cfg, stage)[1] for stage in stages]
     done = sum(steps[: state.task]) + state.step
     with progress(initial=done, total=sum(steps), unit="step", smoothing=0) as bar:
         for k in range(state.task, len(stages)):
@@ -496,16 +493,14 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 
 # ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel builds it
 # in the paper's configuration; the parameters carry the same names, so a state_dict fits both ways.
-
 HEAD_CHANNELS, PAPER_CHANNELS = 8, (128, 256, 256, 256)
 
 
 class GroupNorm(nn.GroupNorm):  # in its input's precision: on a GPU autocast would go to float32 and back
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return functional.group_norm(
-                x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-            )
+            return functional.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class Resnet(nn.Module):  # time and class come in at its middle; `resample` acts on both its paths
@@ -622,7 +617,7 @@ class Data(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: others."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: anything else."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = float(images.min()), float(images.max())
@@ -633,6 +628,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
+    if not x.isfinite().all():  # nan would become black, and its FID a number that looks like others
+        raise FloatingPointError("a generated image is not finite")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -647,7 +644,7 @@ def load_digits(_: Path) -> Data:
 
 
 def load_torchvision(dataset: str | type, data_dir: Path) -> Data:
-    """A dataset of torchvision's, 32x32: MNIST's 28x28 are padded by 2. Downloads what is missing."""
+    """A dataset of torchvision's, 32x32: MNIST's images of 28x28 are padded by 2. Downloads what is missing."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, dataset) if isinstance(dataset, str) else dataset
@@ -662,17 +659,17 @@ def load_imagenet32(data_dir: Path) -> Data:
     """The downsampled ImageNet (arXiv 1707.08819), 3x32x32, from its npz files: 12 GB of host memory."""
     parts = []
     for name in [*(f"train_data_batch_{i}.npz" for i in range(1, 11)), "val_data.npz"]:
-        try:
-            with np.load(data_dir / "imagenet32" / name, allow_pickle=False) as file:
+        path = data_dir / "imagenet32" / name
+        with or_stop(f"{path} is missing or damaged", "get it anew, or name another --data-dir"):
+            with np.load(path, allow_pickle=False) as file:
                 x, y = file["data"], file["labels"].astype(np.int64)  # in channel, row, column order
             if x.dtype != np.uint8 or x.shape != (len(y), 3072):
                 raise ValueError(f"data is {x.dtype} {x.shape}, not uint8 ({len(y)}, 3072)")
-        except DAMAGED as error:
-            raise ValueError(f"{name}: {error}") from error
         parts.append((torch.from_numpy(x).view(-1, 3, 32, 32), torch.from_numpy(y) - 1))  # labels from 1 on
     return Data(*map(torch.cat, zip(*parts[:-1])), *parts[-1])
 
 
+PUBLISHED = {"digits": "aa07cdaa662c", "fashion": "b46905128f67"}  # their digests, of the data as published
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
 LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
@@ -684,24 +681,46 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
 }
 
 
+def refuse_unfit(data: Data) -> None:
+    """ValueError, which says what was found, unless all is as Data describes it and fits together."""
+    told = lambda v: f"{type(v).__name__} {getattr(v, 'dtype', '')} {tuple(getattr(v, 'shape', ()))}"
+    parts = ("training", *data[:2]), ("test", *data[2:])
+    for kind, x, y in parts:
+        if not (torch.is_tensor(x) and x.dtype == torch.uint8 and x.ndim == 4 and x.shape[2] == x.shape[3]):
+            raise ValueError(f"{kind} images must be a Tensor torch.uint8 (N, C, H, H), not {told(x)}")
+        if not (torch.is_tensor(y) and y.dtype == torch.int64 and y.ndim == 1):
+            raise ValueError(f"{kind} labels must be a Tensor torch.int64 (N,), not {told(y)}")
+        if not 0 < len(x) == len(y):
+            raise ValueError(f"there are {len(x)} {kind} images and {len(y)} {kind} labels")
+    if data.x.shape[1:] != data.test_x.shape[1:]:
+        raise ValueError(f"training images are {told(data.x)}, test images {told(data.test_x)}")
+    classes = int(max(data.y.max(), data.test_y.max())) + 1
+    for kind, _, y in parts:
+        counts = y.clamp(min=0).bincount(minlength=classes)
+        if y.min() < 0 or counts.min() < 2:  # an FID needs two images
+            few = f"label {int(counts.argmin())} stands at {int(counts.min())} {kind} images"
+            raise ValueError(f"labels must be 0, 1, 2, .., each at two images or more, but {few}")
+
+
+def digest(data: Data) -> str:
+    """12 hex digits that say which images and labels these are."""
+    sha = hashlib.sha256()
+    for v in data:
+        sha.update(v.contiguous().numpy())
+    return sha.hexdigest()[:12]
+
+
 def load_data(name: str, data_dir: Path) -> Data:
-    """A dataset, sorted by class. Stops if images are not uint8, or a class lacks some to learn or test."""
+    """A dataset, sorted by class. Stops if it cannot be read, or its images and labels do not fit together."""
     load, files = LOADERS[name]
-    try:
+    with or_stop(f"{name} cannot be used", f"get {data_dir / files}, or name another --data-dir"):
         data = load(data_dir)
-    except DAMAGED as error:
-        reason = f"{type(error).__name__}: {error}"
-        stop(f"{name} is missing or damaged ({reason}): get {data_dir / files}, or name another --data-dir")
-    sorted_by_class = []
-    for x, y in (data[:2], data[2:]):
-        if x.dtype != torch.uint8 or x.ndim != 4:
-            stop(f"images of {name} must be uint8 in 0..255, (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
-        classes, counts = y.unique(return_counts=True)
-        if not classes.equal(torch.arange(int(data.y.max()) + 1)) or counts.min() < 2:
-            stop(f"{name} in {data_dir} lacks training or test images of some class: put the whole set there")
-        order = y.argsort(stable=True)
-        sorted_by_class += [x[order], y[order]]
-    return Data(*sorted_by_class)
+        refuse_unfit(data)
+    order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
+    data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
+    if digest(data) != PUBLISHED.get(name, digest(data)):
+        print(f"note: these images or labels are not those that were published as {name}")
+    return data
 
 
 def limit_classes(data: Data, n: int) -> Data:
@@ -724,6 +743,8 @@ def split_tasks(data: Data, tasks: int) -> list[Data]:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """||m_a - m_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N_a, d), (N_b, d), both N >= 2."""
     a, b = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise FloatingPointError("the features of some images are not finite")
     # With A, B the centred features over sqrt(N - 1), M = A B^T, the last trace is that of (M M^T)^1/2: from
     # eigenvalues, as a matrix square root is slow and fails where N < d. QR's R has the same A^T A in d rows.
     A, B = ((v - v.mean(0)) / math.sqrt(len(v) - 1) for v in (a, b))
@@ -742,41 +763,40 @@ def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights."""
     import cleanfid.features
 
-    try:  # clean-fid (arXiv 2104.11222) resizes so inside the network, as for the published numbers
+    advice = "put a whole inception-2015-12-05.pt into /tmp, or take --fid classifier"
+    with or_stop("no Inception weights", advice):
+        # This network of clean-fid's (arXiv 2104.11222) resizes inside, as for the published numbers.
         network = cleanfid.features.build_feature_extractor("legacy_tensorflow", device, False)
-    except DAMAGED as error:
-        stop(f"no Inception weights ({error}): put inception-2015-12-05.pt into /tmp, or --fid classifier")
     return lambda images: in_parts(lambda v: network(v.expand(-1, 3, -1, -1).float()), images, device)
 
 
 def classifier_features(name: str, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """images uint8 -> features (N, 64) of a small CNN, trained once on the real images, then cached."""
     torch.manual_seed(0)
-    # SiLU is smooth: a unit that is dead on two classes would make their covariance singular.
+    # SiLU, not ReLU: a unit that is dead on two classes would make their covariance singular.
     layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
     layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
     model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
-    digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest}.pt")
+    path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest(data)}.pt")
     if not path.exists():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = rng(torch.device("cpu"), "classifier")
         for _ in progress(range(1000), "classifier for the FID", unit="step", leave=False):
             index = torch.randint(len(data.y), (128,), generator=generator)
             optimizer.zero_grad()
-            functional.cross_entropy(
-                model(to_float(data.x[index].to(device))), data.y[index].to(device)
-            ).backward()
+            x, y = data.x[index].to(device), data.y[index].to(device)
+            functional.cross_entropy(model(to_float(x)), y).backward()
             optimizer.step()
         with whole(path) as file:
             torch.save(model.state_dict(), file)
-    try:
-        model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    except DAMAGED as error:
-        stop(f"{path} is damaged ({type(error).__name__}): remove it, and it is made again")
+    with or_stop(f"{path} is damaged", "remove it, and it is made again"):
+        model.load_state_dict(load_whole(path, device))
     right = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1) == data.test_y.numpy()
     print(f"FID features: a classifier of {name}, {right.mean():.1%} right on its test images")
+    chance = 1 / len(model[-1].bias)
+    if right.mean() < chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
+        stop(f"no better than chance, {chance:.1%}: do these labels of {name} belong to these images?")
     return lambda images: in_parts(lambda v: model[:-1](to_float(v)), images, device)
 
 
@@ -792,7 +812,6 @@ def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callabl
 # ============================================================================================================
 
 # ---- Settings: a row each. A dataset's row holds only what differs from the paper's main experiments.
-
 Settings = argparse.Namespace
 DIGITS = {"epochs": 270, "batch_size": 64, "lr": 4e-3, "lr_decay": "linear", "lam": 10.0, "fid": "classifier"}
 DIGITS |= {"channels": [16, 32], "layers_per_block": 1, "replay_per_class": 200, "sample_steps": 20}
@@ -804,6 +823,10 @@ DATASETS = {"digits": DIGITS, "mnist": {}, "fashion": {}, "cifar10": {}, "imagen
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 COUNT = (1, 10**7)
@@ -822,7 +845,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps per image"),
     "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps per replayed image (default: sample-steps)"),
     "ema": (0.0, float, (0, 0.99999), "decay of the average of its weights that a task ends with; 0: none"),
-    "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level"),
+    "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level, as in 16,32"),
     "layers_per_block": (2, int, (1, 100), "residual blocks per level"),
     "dropout": (0.0, float, (0, 0.99), "in the UNet while it trains; the paper says 0.1, see README"),
     "limit": (None, int, (2, 10**7), "a quick look: at most so many images per class, and less of all else"),
@@ -832,8 +855,13 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "bf16": (None, bool, None, "train and sample in bfloat16 (default: on GPUs from Ampere on)"),
     "cuda_graph": (None, bool, None, "start all kernels of a step at once (default: on GPUs with CUDA)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
-    "data_dir": (Path("data"), Path, None, "where the datasets are, or are downloaded to"),
-    "out": (None, Path, None, "folder for the results (default: one in runs/, with --small in runs-small/)"),
+    "data_dir": (Path("data"), folder, None, "where the datasets are, or are downloaded to"),
+    "out": (
+        None,
+        folder,
+        None,
+        "folder for the results (default: one in runs/, with --small in runs-small/)",
+    ),
     "fresh": (False, bool, None, "start over and delete the run in --out"),
 }
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
@@ -859,6 +887,17 @@ def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
 
 
 @contextmanager
+def or_stop(problem: str, advice: str, kind: type[Exception] = DAMAGED) -> Iterator[None]:
+    """An error of this kind ends the program in one line: the problem, the error's own words, the advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # is another problem, and main() says what helps against it
+        raise
+    except kind as error:
+        stop(f"{problem} ({type(error).__name__}: {error}): {advice}")
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour that then takes the name: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -871,6 +910,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise OSError(None, "no space left?", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_whole(path: Path, device: torch.device) -> dict:
+    """What torch.save wrote. ValueError if a byte of it has changed, which torch.load does not see."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # compares the checksums
+            raise ValueError(f"{damaged} in it has changed")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 # ---- theta: the weights that are not frozen, as one vector, in the order of model.parameters().
@@ -934,6 +981,10 @@ def copies(penalty: Penalty, fisher: Tensor, weights: nn.Module | Tensor) -> tup
 
 
 # ---- What a Fisher refuses: where it would be wrong.
+class FisherError(ValueError):
+    """The Fisher of this model, or by this method, cannot be taken."""
+
+
 @contextmanager
 def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> Iterator[nn.Module]:
     """The network in eval mode, if a Fisher can be taken; afterwards its modules are as they were before."""
@@ -944,25 +995,22 @@ def examined(model: nn.Module, x: Tensor, y: Tensor, n: int, loss: Callable) -> 
         raise ValueError("the Fisher is of the trainable weights: all are frozen (model.requires_grad_())")
     if loss is per_sample_loss and x.dtype != torch.uint8:
         to_float(x)
-    # A forward pass may change attributes, hooks, and buffers, these also in place. The modes are set without
-    # calling eval() and train(), in which a LoRA layer may merge its weights.
+    # A forward pass may change hooks, attributes (the mode is one), and buffers, these also in place.
     modules, buffers = [*network.modules()], [(v, v.clone()) for v in network.buffers()]
-    modes, values = [m.training for m in modules], (v for m in modules for v in (vars(m), *vars(m).values()))
+    values = (v for m in modules for v in (vars(m), *vars(m).values()))
     held = [(v, copy.copy(v)) for v in values if type(v) in (dict, list, OrderedDict)]
     try:
         for m in modules:
-            m.training = False
+            m.training = False  # not by eval(), in which a LoRA layer may merge its weights
         yield network
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the Fisher of this model cannot be taken: {error}") from error
+        raise FisherError(f"the Fisher of this model cannot be taken: {error}") from error
     finally:
         for now, before in held:
             now.clear()
             now.update(before) if isinstance(now, dict) else now.extend(before)
-        for m, mode in zip(modules, modes):
-            m.training = mode
         for now, before in buffers:
             now.copy_(before) if not now.equal(before) else None
 
@@ -990,52 +1038,37 @@ def compare_with_single_samples(exact: list, found: Tensor, u: Tensor | None = N
         else:  # in a product rounding all but cancels
             errors = [10 * (ours - u @ g.to(u.dtype)).abs() / (g.norm() + 1e-30)]
         if not all(error <= 0.02 + rounding for error in errors):
-            why = (
-                "mixes samples (a batch norm without running statistics?), draws at random, or hides a weight"
-            )
+            why = "mixes samples (by a batch norm?), draws at random, or hides a weight"
             raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
-def refuse_infinite(sums: Tensor, of_samples: Tensor, batch: tuple) -> None:
-    """FloatingPointError if a sum of gradients is not finite; of_samples (B,) may show whose it was."""
+def refuse_infinite(sums: Tensor) -> None:
     if not sums.sum().isfinite():  # a sum is finite only if all its parts are
-        which = (~of_samples.isfinite()).nonzero().flatten().tolist()[:1]
-        where = [f" (class {batch[3][i]}, timestep {batch[1][i]}: {of_samples[i]:g})" for i in which]
-        raise FloatingPointError(f"a gradient is not finite{''.join(where)}")
+        raise FloatingPointError("a gradient is not finite")
 
 
 def gradients(model: nn.Module, batches: Iterable, loss: Callable = per_sample_loss) -> Iterator[Tensor]:
     """The gradients g_i one by one, in chunks (b, D): much slower than summing them. In eval mode."""
-
-    class Losses(nn.Module):  # with the model in it, so that the loss gets a model whose weights are replaced
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, *sample):
-            return loss_of_each(self.model, [v[None] for v in sample], loss)[0]
-
-    losses, theta = Losses(), {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
+    losses = nn.Module()  # with the model in it: so functional_call replaces the weights of the loss's model
+    losses.model, losses.forward = model, lambda *v: loss_of_each(model, [part[None] for part in v], loss)[0]
+    theta = {f"model.{name}": p.detach() for name, p in named_weights(model).items()}
     gradient = vmap(grad(lambda theta, sample: functional_call(losses, theta, sample)), (None, 0))
-    for i, batch in enumerate(split(batches, gradients_that_fit(model))):
+    for i, batch in enumerate(parts_that_fit(model, batches)):
+        # First, as functional_call does not leave a module that the model holds twice as it was.
         exact = first_gradients(model, batch, loss) if i == 0 else []
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels do not support vmap
             g = torch.cat([v.flatten(1) for v in gradient(theta, tuple(batch)).values()], 1)  # (b, D)
-        refuse_infinite(g, g.sum(1), batch)
+        refuse_infinite(g)
         compare_with_single_samples(exact, g)
         yield g
 
 
-def split(batches: Iterable, size: int) -> Iterator[tuple]:
-    """The batches in parts of `size` samples."""
-    return (part for batch in batches for part in zip(*(v.split(size) for v in batch)))
-
-
-def gradients_that_fit(model: nn.Module) -> int:
-    """How many samples' gradients take 1 GB while they are made, or on a GPU a quarter of what is free."""
+def parts_that_fit(model: nn.Module, batches: Iterable) -> Iterator[tuple]:
+    """The batches in parts whose gradients take 1 GB in the making, or on a GPU a quarter of what is free."""
     device, weights = next(model.parameters()).device, sum(p.numel() for p in trainable(model))
     memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 10**9
-    return max(2, memory // (8 * weights))  # of one alone it would not be seen that a model mixes samples
+    size = max(2, memory // (8 * weights))  # of one alone it would not be seen that a model mixes samples
+    return (part for batch in batches for part in zip(*(v.split(size) for v in batch)))
 
 
 # ---- Processes: torchrun starts several, on one machine or more, and each takes its share of a run's work.
@@ -1119,6 +1152,7 @@ class Recorded:
 @dataclass
 class State:  # between two epochs
     model: UNet
+    data: str = ""  # the digest of the images and labels
     optimizer: torch.optim.Optimizer | None = None
     teacher: UNet | None = None  # the frozen model of the last task, with replay
     penalty: Penalty | None = None
@@ -1138,18 +1172,20 @@ class State:  # between two epochs
 
 def new_state(cfg: Settings, data: Data, device: torch.device) -> State:
     torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
-    try:
+    size, levels = data.x.shape[-1], len(cfg.channels)
+    with or_stop("--channels do not fit", "choose others", ValueError):
+        if size % 2 ** (levels - 1) or size == 2 ** (levels - 1):  # a group norm needs more than one pixel
+            raise ValueError(f"{levels} levels, each of half the size, for {size}x{size} pixels")
         model = UNet(data.x.shape[1], int(data.y.max()) + 1, cfg.channels, cfg.layers_per_block, cfg.dropout)
-    except ValueError as error:
-        stop(f"--channels: {error}")
     penalty = METHODS[cfg.method].penalty
-    return State(model.to(device), penalty=penalty(cfg.lam) if penalty else None)
+    return State(model.to(device), digest(data), penalty=penalty(cfg.lam) if penalty else None)
 
 
 def end_epoch(cfg: Settings, state: State, means: list[float], bar: tqdm) -> None:
     state.epoch += 1
-    if not all(map(math.isfinite, means)):
-        raise FloatingPointError(f"the loss of task {state.task + 1} is not finite in epoch {state.epoch}")
+    if not (all(map(math.isfinite, means)) and flat(trainable(state.model)).isfinite().all()):
+        where = f"task {state.task + 1} in epoch {state.epoch}"
+        raise FloatingPointError(f"the loss or a weight is not finite in {where}")
     terms = dict(zip(("denoise", "distill", "ewc"), means))
     state.log.append({"task": state.task + 1, "epoch": state.epoch, "step": state.step} | terms)
     bar.set_postfix({name: f"{v:.4f}" for name, v in terms.items() if v}, refresh=False)
@@ -1162,12 +1198,9 @@ def steps_of(cfg: Settings, task: Data) -> tuple[int, int]:
     n, parts = len(task.y), world() * cfg.accumulate
     size = min(cfg.batch_size, n)
     if size % parts:
-        stop(f"a task has only {n} images: --batch-size must be at most that, and a multiple of {parts}")
+        must = f"must be a multiple of {parts} (processes x --accumulate), and at most a task's {n} images"
+        stop(f"--batch-size {cfg.batch_size} {must}")
     return size, cfg.epochs * (n // size)
-
-
-def seed_dropout(generator: torch.Generator) -> None:
-    torch.manual_seed(generator.initial_seed() + rank())  # nn.Dropout knows only the global generator
 
 
 def settings_of(cfg: Settings) -> dict:
@@ -1176,12 +1209,11 @@ def settings_of(cfg: Settings) -> dict:
 
 def refuse_other(settings: dict, script: str | None, cfg: Settings, path: Path) -> None:
     """Stop if `path` is of a run with other settings; say so if it is of another version of this script."""
-    usual = {name: row[0] for name, row in SETTINGS.items()} | RETIRED
-    for name in dict.fromkeys([*SETTINGS, *settings]):
-        old, new = settings.get(name, usual.get(name)), getattr(cfg, name, RETIRED.get(name))
-        if old != new and name not in MAY_CHANGE:
-            but = f"not {new}" if name in SETTINGS else "which this script does not know"
-            made = f"{path} was made with --{name.replace('_', '-')} {old}, {but}"
+    old = {name: row[0] for name, row in SETTINGS.items()} | RETIRED | settings
+    new = RETIRED | vars(cfg)
+    for name in old:
+        if name not in MAY_CHANGE and old[name] != new.get(name):
+            made = f"{path} was made with --{name.replace('_', '-')} {old[name]}, not {new.get(name)}"
             stop(f"{made}: --fresh starts over, --out names another folder")
     if script != SCRIPT:
         tqdm.write(f"note: {path} was made by another version of this script (--fresh starts over)")
@@ -1201,22 +1233,23 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 
 
 def load_checkpoint(cfg: Settings, state: State) -> None:
+    """The state becomes that of checkpoint.pt, if there is one. With --fresh the old run is deleted."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
+    for name in ("result.json", "checkpoint.pt", "model.pt"):
+        if cfg.fresh and rank() == 0:
+            (cfg.out / name).unlink(missing_ok=True)
+    if path.exists() and not cfg.fresh:
+        with or_stop(f"{path} is damaged, or of another version of this script", "remove it or give --fresh"):
+            saved = load_whole(path, device)
             refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
+            if saved["data"] != state.data:
+                stop(f"{path} is of other images or labels: --fresh starts over, --out names another folder")
             state.task = saved["task"]
             begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
             for name in ("model", "optimizer", "teacher", "penalty"):
                 if content := saved.pop(name):
                     getattr(state, name).load_state_dict(content)
             vars(state).update(saved)
-        except torch.OutOfMemoryError:
-            raise
-        except DAMAGED as error:
-            why = f"is damaged, or of another version of this script ({type(error).__name__})"
-            stop(f"{path} {why}: remove it or give --fresh, to start over")
         tqdm.write(f"going on from {path}: {state.task} of {cfg.tasks} tasks and {state.epoch} epochs done")
     position = torch.tensor([state.task, state.epoch])
     if not torch.equal(all_sum(position.clone()), position * world()):
@@ -1232,22 +1265,11 @@ def timed(state: State, part: str) -> Iterator[None]:
     state.seconds[part] = state.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
-# ---- What a run shows: a bar, result.json (partial.json until all tasks are learned), a table, pictures.
+# ---- What a run shows: a bar, a table, pictures, result.json.
 def progress(items: Iterable | None = None, name: str | None = None, **options) -> tqdm:
     """A progress bar: shown by one process alone, and rarely redrawn where stderr is a file."""
     seldom = 0.5 if sys.stderr and sys.stderr.isatty() else 10
     return tqdm(items, name, mininterval=seldom, dynamic_ncols=True, disable=QUIET or rank() > 0, **options)
-
-
-def result_of(cfg: Settings, state: State) -> dict:
-    result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
-    result |= {name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift")}
-    result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
-    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
-    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    seconds = {part: round(v, 1) for part, v in state.seconds.items()}
-    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": world()}
-    return result | {"cuda_graph": cfg.cuda_graph, "versions": versions, "seconds": seconds}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1257,33 +1279,33 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_result(path: Path) -> dict:
-    try:
+    with or_stop(f"{path} is damaged", "remove it, or start its run over with --fresh"):
         result = json.loads(path.read_text())
         result["config"], table(result)  # fails if anything of this is missing
-    except DAMAGED as error:
-        stop(f"{path} is damaged ({type(error).__name__}): remove it, or start its run over with --fresh")
     return result
 
 
 def table(result: dict) -> str:
-    tasks = len(result["fid_real"])
-    cells = lambda values: "".join(" " * 9 if v is None else f"{v:9.1f}" for v in values)
-    title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
-    lines = ["", title, "after task  " + "".join(f"{f'task {k + 1}':>9}" for k in range(tasks)) + "     AFID"]
-    for row, afid in zip(result["fid"], result["afid"]):
-        lines.append(f"{tasks - row.count(None):>10}  {cells([*row, afid])}")
-    lines.append(f"real images {cells(result['fid_real'])}   (training, not test)")
+    """The FID of each task after each task, with AFID at the right, from the content of a result.json."""
+    number = lambda v: "" if v is None else f"{v:.1f}"
+    tasks = [f"task {k + 1}" for k in range(len(result["fid_real"]))]
+    rows = [["after task", *tasks, "AFID"]]
+    for fids, afid in zip(result["fid"], result["afid"]):
+        rows.append([len(tasks) - fids.count(None), *map(number, [*fids, afid])])
+    rows.append(["real images", *map(number, result["fid_real"]), "   (training, not test)"])
     energies = [result["lam"] * fisher["energy"] for fisher in result["fisher"] if "energy" in fisher]
     if energies:
-        row = "".join(f"{energy:9.3g}" for energy in energies)
-        lines += ["", f"curvature   {row}   (lambda c* ||mu||^2, what the penalty adds along mu)"]
+        note = "   (lambda c* ||mu||^2, what the penalty adds along mu)"
+        rows.append(["curvature", *map("{:.3g}".format, energies), note])
+    lines = [f"{name:<12}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows]
+    title = f"{result['dataset']}, {result['method']}: FID of each task (features: {result['fid_features']})"
     forgetting = "-" if result["forgetting"] is None else f"{result['forgetting']:.2f}"
     end = f"AFID {result['afid'][-1]:.2f}   forgetting {forgetting}   (lower is better)"
-    return "\n".join([*lines, "", end, ""])
+    return "\n".join(["", title, *lines, "", end, ""])
 
 
 def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.device) -> None:
-    """After a task: print its row of FIDs, write samples-task<k>.png (a class per row) and partial.json."""
+    """After a task: print its row of FIDs and write samples-task<k>.png, a class per row."""
     from torchvision.utils import save_image
 
     row = [f"{fid:.1f}" for fid in state.fid[-1] if fid is not None]
@@ -1296,16 +1318,24 @@ def show_progress(cfg: Settings, state: State, seen: list[Data], device: torch.d
     if rank() == 0:
         with whole(cfg.out / f"samples-task{len(seen)}.png") as file:
             save_image(images, file, format="png", nrow=10, pad_value=0.5)
-        write_json(cfg.out / "partial.json", result_of(cfg, state))
 
 
 def finish(cfg: Settings, state: State) -> dict:
-    result = result_of(cfg, state)
+    """After the last task: write model.pt and result.json. -> what result.json holds."""
+    result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
+    result |= {
+        name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift", "data")
+    }
+    result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
+    packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    seconds = {part: round(v, 1) for part, v in state.seconds.items()}
+    result |= {"config": settings_of(cfg), "script": SCRIPT, "processes": world()}
+    result |= {"cuda_graph": cfg.cuda_graph, "versions": versions, "seconds": seconds}
     if rank() == 0:
         with whole(cfg.out / "model.pt") as file:
             torch.save(state.model.state_dict(), file)
         write_json(cfg.out / "result.json", result)
-        (cfg.out / "partial.json").unlink(missing_ok=True)
     return result
 
 
@@ -1319,8 +1349,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     for name, (value, kind, limits, text) in SETTINGS.items():
         options = {"type": kind, "choices": limits if kind is str else None}
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
-        shown = ",".join(map(str, value)) if kind is numbers else value
-        text = text if value is None or value is False else f"{text} ({shown})"
+        text = text if value is None or value is False else f"{text} ({value})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name, value in given.items():
@@ -1349,16 +1378,11 @@ def set_up(cfg: Settings) -> torch.device:
     if local and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=1))  # gloo on CPUs, NCCL on GPUs
     sys.stdout = sys.stdout if rank() == 0 else io.StringIO()  # rank 0 speaks for all
-    parts = world() * cfg.accumulate
-    if cfg.batch_size % parts:
-        stop(f"--batch-size {cfg.batch_size} must be a multiple of {parts} (processes x --accumulate)")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    try:
+    with or_stop(f"no --device {cfg.device} for process {rank()}", "choose auto, cpu, cuda, cuda:1 or mps"):
         device = torch.zeros(1, device=f"cuda:{local or 0}" if name == "cuda" else name).device
         if device.type not in ("cpu", "cuda", "mps") or (world() > 1 and name[-1].isdigit()):
-            raise RuntimeError  # of several processes each takes its own device
-    except (RuntimeError, AssertionError):
-        stop(f"--device {cfg.device} is not there for process {rank()}: choose auto, cpu, cuda, cuda:1, mps")
+            raise ValueError("another kind, or one device for several processes")
     cfg.device, on_gpu = device.type, device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -1374,34 +1398,22 @@ def set_up(cfg: Settings) -> torch.device:
     return device
 
 
-def prepare(cfg: Settings, device: torch.device) -> tuple[Data, Callable[[Tensor], np.ndarray]]:
-    """The data, and the features of the FID; cfg.fid_features becomes their name."""
-    data, levels = load_data(cfg.dataset, cfg.data_dir), len(cfg.channels)
-    split_tasks(data, cfg.tasks)  # stops, if it does, before the classifier is trained
-    (height, size), smallest = data.x.shape[2:], 2 ** (levels - 1)
-    if height != size or size % smallest or size == smallest:  # a group norm needs more than one pixel
-        found = f"{cfg.dataset} has images of {height}x{size} pixels: they must be square, and fit"
-        stop(f"{found} --channels, which are {levels} levels, each of half the size")
-    if device.type == "cpu" and sum(cfg.channels) > 256:
-        print("note: this network takes months on a CPU; for a quick look in minutes: --small --limit 50")
-    inception = cfg.fid == "inception"
-    features = inception_features(device) if inception else classifier_features(cfg.dataset, data, device)
-    cfg.fid_features = "inception, legacy_tensorflow" if inception else f"{cfg.dataset}-classifier"
-    if cfg.limit:
-        data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"
-    return data, features
-
-
 def begin_run(cfg: Settings, device: torch.device) -> dict:
+    """Load the data and the features of the FID, of which cfg.fid_features becomes the name; then run."""
     turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for i in range(3):  # one process may have to download, then one of each other machine, then all
         if i == turn:
-            data, features = prepare(cfg, device)
-            for name in ("result.json", "partial.json", "checkpoint.pt", "model.pt"):
-                if cfg.fresh and rank() == 0:
-                    (cfg.out / name).unlink(missing_ok=True)
+            data = load_data(cfg.dataset, cfg.data_dir)
+            if cfg.fid == "inception":
+                features, cfg.fid_features = inception_features(device), "inception, legacy_tensorflow"
+            else:
+                features = classifier_features(cfg.dataset, data, device)
+                cfg.fid_features = f"{cfg.dataset}-classifier"
         all_sum(torch.zeros(1))  # all wait here
-    cfg.fresh = False  # an interrupted run goes on without it
+    if cfg.limit:
+        data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"
+    if device.type == "cpu" and sum(cfg.channels) > 256:
+        print("note: this network takes months on a CPU; for a quick look in minutes: --small --limit 50")
     return run(cfg, data, features, device)
 
 
@@ -1418,21 +1430,17 @@ def main(argv: list[str] | None = None) -> dict:
             refuse_other(result["config"], result.get("script"), cfg, finished)
             told = f"{finished} holds a finished run (--fresh starts it over)"
         else:
-            cfg.out.mkdir(parents=True, exist_ok=True)
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
             with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():
                 result = begin_run(cfg, device)
             told = f"In {cfg.out}: result.json, samples-task<k>.png, log.jsonl, model.pt"
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
-            given = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--fresh" or cfg.fresh]
-            spec = getattr(sys.modules["__main__"], "__spec__", None)  # there with python -m
-            program = ["-m", spec.name] if spec and spec.name.startswith("results.") else [sys.argv[0]]
-            starter = ["torchrun", ".."] if world() > 1 else [sys.executable]
-            command = shlex.join([*starter, *program, *given])
-            told = f"interrupted; to go on from the last checkpoint: {command}"
-            print(f"\nrank1_ewc: {told}", file=sys.stderr)
+            same = f"the same command{', without --fresh,' if cfg.fresh else ''}"
+            print(f"\nrank1_ewc: interrupted; {same} goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
+    except FisherError as error:
+        stop(f"{error}: choose another --method")
     except FloatingPointError as error:
         stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
     except filelock.Timeout:

@@ -5,6 +5,7 @@
 rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the high timesteps alone.
 rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
 rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
+isotropic: F's trace, shared out evenly: a pull to theta* that knows no direction, as a control.
 
 A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS, and a program
 that adds the row and calls the script's own, as the last lines here do.
@@ -78,11 +79,11 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False, k=1) -> tuple:
     """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as are kept.
 
-    Every process computes all of it, shared or not. ValueError: fewer than k gradients.
+    Every process computes all of it, shared or not. FisherError: fewer than k gradients.
     """
     n = min(n, gradients_kept(model))
     if n < k:
-        raise ValueError(f"rank {k} needs at least {k} gradients, not {n}")
+        raise r.FisherError(f"rank {k} needs at least {k} gradients, not {n}")
     with r.examined(model, x, y, n, loss) as network:
         G = torch.cat(list(r.gradients(network, r.fisher_batches(x, y, n, generator), loss)))
     values, vectors = eigenpairs(G, k)
@@ -101,6 +102,12 @@ class RankKPenalty(r.Rank1Penalty):
         return numbers
 
 
+def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False) -> Tensor:
+    """F as a multiple of the identity with F's trace, tr(F) / D for every weight (D,): what EWC must beat."""
+    diagonal = r.diagonal_fisher(model, x, y, n, generator, loss, shared)
+    return diagonal.mean().expand_as(diagonal)
+
+
 distilled = partial(r.Method, replay=True, distill=True)
 METHODS = {
     "rank1-low": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty),
@@ -110,6 +117,7 @@ METHODS = {
     "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
     "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
     "rank4": distilled(fisher=partial(rank_k_fisher, k=4), penalty=RankKPenalty),
+    "isotropic": distilled(fisher=isotropic_fisher, penalty=r.DiagonalPenalty),
 }
 
 

@@ -2,13 +2,15 @@
 
     python -m results.geometry {1,2,3,vae} RUN [--to NAME] [--data-dir data] [--device auto]
     python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS [--to NAME] ..
+    python -m results.geometry relearning RUN RUN .. --against RUN RUN .. --to NAME ..
 
-RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is learned
-here, and looked at. `movement` goes on to the second task, and watches its steps. Writes NAME.png and, the
-numbers, NAME.json; of 3 and vae the main ones as a table too, NAME.md.
+RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these FLAGS is
+learned here, and looked at. `movement` goes on to the second task and watches its steps. Writes NAME.png and,
+the numbers, NAME.json; of 3 and vae the main ones as tables too, NAME.md. `relearning` compares how fast the
+final models of two rows of runs, a seed each, learn their first task again: NAME.csv, NAME.md and NAME.png.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t and mu_t
-those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F.
+those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F; A what stands in for F.
 """
 
 import argparse
@@ -16,13 +18,16 @@ import copy
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,13 +37,14 @@ from results.report import markdown
 
 TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps that are looked at
 VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is looked at
+RELEARNING = [0, 5, 10, 20, 50, 100]  # training steps on task 1 after which its FID is taken
 EVERY_STEP = (0, r.NUM_STEPS)
 PUBLISHED_SHARE = {"VAE, KL x 1": 0.50, "VAE, KL x 0.001": 0.85, "DDPM": 0.99}  # lambda_1 / trace of F
 
 
-def samples(data: r.Data, n: int, timesteps: tuple[int, int] = EVERY_STEP) -> Iterator[tuple]:
+def samples(data: r.Data, n: int, timesteps: tuple[int, int] = EVERY_STEP, draw="figure") -> Iterator[tuple]:
     """Draw n samples, in batches (x0, t, eps, y): the same images and noise whatever the timesteps."""
-    for x0, t, eps, y in r.fisher_batches(data.x, data.y, n, r.rng(data.x.device, "figure")):
+    for x0, t, eps, y in r.fisher_batches(data.x, data.y, n, r.rng(data.x.device, draw)):
         yield x0, beyond.squeezed(t, *timesteps), eps, y
 
 
@@ -86,58 +92,69 @@ def figure_1(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
 
 
 def geometry(
-    model: nn.Module, batches: Iterable[tuple], loss: Callable = r.per_sample_loss
+    model: nn.Module, data: r.Data, timesteps: tuple = EVERY_STEP, loss: Callable = r.per_sample_loss
 ) -> tuple[dict, Tensor, Tensor]:
-    """Describe F by the gradients of N samples. -> numbers, mu (D,), |cos(g_i, mu)| of each sample (N,).
+    """Describe F by N gradients at these timesteps. -> numbers, mu (D,), |cos(g_i, mu)| of each sample (N,).
 
-    loss(predict, *batch) -> (B,). No D x D matrix is made: the Gram matrix G G^T / N has F's eigenvalues.
-    mu_noise: what ||mu|| would be if the gradients had no mean. energy: c* ||mu||^2. error: relative, in the
-    Frobenius norm. cos_top: like the mean of |cos(g_i, mu)|, for F's top eigenvector in mu's place.
+    loss(predict, *batch) -> (B,). mu_noise: what ||mu|| would be if the gradients had no mean. energy: c*
+    ||mu||^2. error: ||F - A|| / ||F||, Frobenius, of each A on the gradients that A is made of, as in the
+    paper; error_fresh: on as many others, of the same images with new noise. cos_top: like the mean of
+    |cos(g_i, mu)|, for F's top eigenvector in mu's place.
     """
-    G = torch.cat(list(r.gradients(model, batches, loss)))
+    n = beyond.gradients_kept(model)
+    draws = [samples(data, n, timesteps, purpose) for purpose in ("figure", "fresh")]
+    G, fresh = (torch.cat([*r.gradients(model, draw, loss)]) for draw in draws)
+    # No D x D matrix is made: the Gram matrix G G^T / N has F's eigenvalues and its norm, and A is known by
+    # ||A||^2 and by <F, A> = E[g^T A g], a function of the gradients.
     values, (top,) = beyond.eigenpairs(G, 1)
     mu, diagonal, lengths = G.mean(0), G.square().mean(0), G.norm(dim=1)  # (D,), (D,) and (N,)
-    norm, trace, F_squared = float(mu.norm()), float(values.sum()), float(values.square().sum())
-    mu_F_mu = float((G @ mu).square().mean())  # E[(mu^T g)^2]
-    c_star = mu_F_mu / norm**4
-    squared_error = {  # ||F - c mu mu^T||^2 = ||F||^2 - 2 c mu^T F mu + c^2 ||mu||^4
-        "diagonal": F_squared - float(diagonal.square().sum()),
-        "mu mu^T": F_squared - 2 * mu_F_mu + norm**4,
-        "c* mu mu^T": F_squared - c_star * mu_F_mu,
-        "best of rank 1": float(values[1:].square().sum()),
+    norm = math.sqrt(r.dot64(mu, mu))
+    trace, first, F_squared = map(float, (values.sum(), values[0], values.square().sum()))
+    mean_square = lambda v: float(v.square().mean())
+    along = lambda g, v: mean_square(torch.linalg.vecdot(g, v))  # E[(v^T g)^2]; g @ v would round too much
+    c_star = along(G, mu) / norm**4
+    fitted = {
+        "diagonal": (mean_square(diagonal) * len(mu), lambda g: float(g.square().mean(0) @ diagonal)),
+        "mu mu^T": (norm**4, lambda g: along(g, mu)),
+        "c* mu mu^T": (c_star**2 * norm**4, lambda g: c_star * along(g, mu)),
+        "best of rank 1": ((first * r.dot64(top, top)) ** 2, lambda g: first * along(g, top)),
     }
-    numbers = {
-        "c_star": c_star,
-        "mu_norm": norm,
-        "mu_noise": math.sqrt(trace / len(G)),
-        "energy": c_star * norm**2,
-        "trace": trace,
-        "eigenvalues": values[:5].tolist(),
-        "top_share": float(values[0]) / trace,
-        "cos_mu_top": abs(float(top @ mu)) / norm,
-        "error": {name: math.sqrt(max(v, 0.0) / F_squared) for name, v in squared_error.items()},
-        "cos_top": float(((G @ top).abs() / lengths).mean()),
-    }
+    whole = {"F itself": (F_squared, lambda g: mean_square(g @ G.T))}  # of the first gradients
+    numbers = {"c_star": c_star, "mu_norm": norm, "mu_noise": math.sqrt(trace / n)}
+    numbers |= {"energy": c_star * norm**2, "trace": trace, "top_share": first / trace}
+    numbers["eigenvalues"] = values[:5].tolist()
+    numbers["error"] = errors(G, F_squared, fitted)
+    numbers["error_fresh"] = errors(fresh, mean_square(fresh @ fresh.T), fitted | whole)
+    numbers["cos_mu_top"] = abs(float(top @ mu)) / norm
+    numbers["cos_top"] = float(((G @ top).abs() / lengths).mean())
     return numbers, mu, (G @ mu).abs() / (lengths * norm)
 
 
-def as_table(described: dict[str, dict]) -> str:
-    """A table of what geometry() says of several F, a row a name."""
-    rows = []
+def errors(g: Tensor, F_squared: float, approximations: dict) -> dict[str, float]:
+    """||F - A|| / ||F|| of each A, given as ||A||^2 and <F, A> of gradients g (N, D); F_squared: ||F||^2."""
+    squared = {name: F_squared - 2 * product(g) + A for name, (A, product) in approximations.items()}
+    return {name: math.sqrt(max(v, 0.0) / F_squared) for name, v in squared.items()}
+
+
+def as_tables(described: dict[str, dict]) -> str:
+    """Two tables of what geometry() says of several F, a row a name: their shape, and each A's errors."""
+    shapes, misses = [], []
     for name, at in described.items():
         first, second, *_ = at["eigenvalues"]
         values = {"c\\*": at["c_star"], "norm of μ": at["mu_norm"], "of noise alone": at["mu_noise"]}
         values |= {"λ₁ / trace": at["top_share"], "λ₂ / λ₁": second / first}
         values |= {"\\|cos\\| of μ and top eigenvector": at["cos_mu_top"]}
-        values |= {f"error of {approximation}": error for approximation, error in at["error"].items()}
-        rows.append({"F": name} | {column: f"{value:.2g}" for column, value in values.items()})
-    return markdown(rows)
+        shapes.append({"F": name} | {column: f"{value:.2g}" for column, value in values.items()})
+        same, fresh = at["error"], at["error_fresh"]
+        misses.append({"F": name} | {A: f"{same.get(A, 0):.3f} / {e:.3f}" for A, e in fresh.items()})
+    told = "Error ‖F − A‖ / ‖F‖ of each A, on the gradients that it was made of / on as many fresh ones:"
+    return f"{markdown(shapes)}\n{told}\n\n{markdown(misses)}"
 
 
 def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[list[dict], Tensor, Tensor]:
     """Take geometry() at each of TIMES. -> its numbers, mu_t (times, D), |cos(g_i, mu_t)| (times, N)."""
-    n, steps = beyond.gradients_kept(model), r.progress(TIMES, "gradients", unit="timestep")
-    numbers, mu, cos = zip(*[geometry(model, samples(data, n, (t, t + 1))) for t in steps])
+    steps = r.progress(TIMES, "gradients", unit="timestep")
+    numbers, mu, cos = zip(*[geometry(model, data, (t, t + 1)) for t in steps])
     return list(numbers), torch.stack(mu), torch.stack(cos)
 
 
@@ -168,7 +185,7 @@ def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     """Show (a) cosines of mu_s and mu_t, (b, c) F_t's eigenvalues, (d) errors of approximations of F_t."""
     at_times, mu, cos = geometry_at_each_time(model, data)
     n, directions = cos.shape[1], F.normalize(mu)  # (times, D)
-    all_timesteps = geometry(model, samples(data, n))[0]
+    all_timesteps = geometry(model, data)[0]
     cos_mu = (directions @ directions.T).tolist()
     values = [at["eigenvalues"] for at in at_times]  # (times, 5)
     ratio = [second / first for first, second, *_ in values]
@@ -183,15 +200,17 @@ def figure_3(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Figur
     c.plot(TIMES, ratio, "o-", ms=4, label="measured")
     c.plot(700, 0.022, "k*", ms=10, label="paper, t = 700: 0.022")
     c.set(title="(c) second eigenvalue over first", ylabel=r"$\lambda_2 / \lambda_1$", ylim=(0, 1.05))
-    for name in all_timesteps["error"]:
-        d.plot(TIMES, [at["error"][name] for at in at_times], "o-", ms=4, label=name)
-    d.set(title="(d) approximations A of $F_t$", ylabel=r"$\|F_t - A\| / \|F_t\|$", ylim=(0, 1.05))
+    for i, name in enumerate(all_timesteps["error_fresh"]):
+        same, fresh = ([at[key].get(name, math.nan) for at in at_times] for key in ("error", "error_fresh"))
+        d.plot(TIMES, same, "o-", ms=4, color=f"C{i}", label=name)
+        d.plot(TIMES, fresh, "--", color=f"C{i}")
+    d.set(title="(d) approximations A of $F_t$; dashed: fresh gradients", ylabel=r"$\|F_t - A\| / \|F_t\|$")
     for axes in (b, c, d):
         axes.set(xlabel="timestep t")
-        add_legend(axes)
+        add_legend(axes, 5 if axes is b else 3)
     numbers = {"samples": n, "t": TIMES, "at": at_times, "all timesteps": all_timesteps}
     described = {f"t = {t}": at for t, at in zip(TIMES, at_times) if t in (100, 700)}
-    table = as_table(described | {"random t": all_timesteps})
+    table = as_tables(described | {"random t": all_timesteps})
     return numbers | {"cos_mu": cos_mu, "ratio": ratio, "table": table}, figure
 
 
@@ -223,14 +242,14 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
     """Train a VAE with Adam. -> after each of VAE_STEPS its geometry() and the squared error of a batch."""
     torch.manual_seed(0)  # the global generator gives the initial weights
     vae, history = VAE(data.x[0].numel()).to(data.x.device), []
-    n, loss = beyond.gradients_kept(vae), partial(vae_loss, kl_weight=kl_weight)
+    loss = partial(vae_loss, kl_weight=kl_weight)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     steps = VAE_STEPS[-1] + 1
     batches = r.fisher_batches(data.x, data.y, steps * r.FISHER_BATCH, r.rng(data.x.device, "vae"))
     for step, batch in enumerate(r.progress(batches, f"VAE, KL x {kl_weight:g}", total=steps)):
         if step in VAE_STEPS:
             mse = vae_loss(vae, *batch, kl_weight=0.0).mean().item()
-            history.append(geometry(vae, samples(data, n), loss)[0] | {"mse": mse})
+            history.append(geometry(vae, data, loss=loss)[0] | {"mse": mse})
         optimizer.zero_grad()
         loss(vae, *batch).mean().backward()
         optimizer.step()
@@ -247,7 +266,7 @@ def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Fig
         axes.plot(VAE_STEPS, [at["top_share"] for at in history], "o-", ms=4, label=name)
         numbers[name] = history
     for when, timesteps in {"all t": EVERY_STEP, "t = 100": (100, 101), "t = 700": (700, 701)}.items():
-        name, at = f"DDPM, {when}", geometry(model, samples(data, n, timesteps))[0]
+        name, at = f"DDPM, {when}", geometry(model, data, timesteps)[0]
         axes.axhline(at["top_share"], ls="--", color=f"C{len(numbers) - 1}", label=f"{name}, trained")
         numbers[name] = [at]
     for color, (name, share) in zip(("C0", "C1", "k"), PUBLISHED_SHARE.items()):
@@ -257,86 +276,159 @@ def figure_vae(model: nn.Module, data: r.Data, _: r.Settings) -> tuple[dict, Fig
     axes.set_xticks(VAE_STEPS, [str(step) for step in VAE_STEPS])
     axes.set_xlim(-3, 1.4 * VAE_STEPS[-1])
     add_legend(axes, ncols=3)
-    table = as_table({name: at[-1] for name, at in numbers.items() if name != "steps"})
+    table = as_tables({name: at[-1] for name, at in numbers.items() if name != "steps"})
     return {"samples": n, "table": table} | numbers, figure
 
 
-def second_task(cfg: r.Settings, state: r.State, tasks: list[r.Data], u: Tensor) -> dict[str, list[float]]:
-    """Learn the second task from a state at the first's end, and watch each step along the unit vector u.
-
-    -> after each step: "position" u^T (theta - theta*); "average", the same of the weights' running average
-    with decay 0.99; "share" of the step's squared length that lies along u. cfg.lr_decay is as in a run.
-    """
-    state = copy.deepcopy(state)
-    state.task, state.epoch, state.step = 1, 0, 0
-    r.begin_task(cfg, state)
-    theta_star = theta = average = r.flat(r.trainable(state.model)).detach()
-    shape, num_old = tasks[1].x.shape[1:], int(tasks[1].y.min())
-    replay = r.replay_pool(cfg, state.teacher, shape, num_old)
-    watched = {"position": [], "average": [], "share": []}
-    size = min(cfg.batch_size, len(tasks[1].y))
-    steps = cfg.epochs * (len(tasks[1].y) // size)
-    state.model.train()
-    gradient_of = r.gradient_function(cfg)
-    networks = state.model, state.teacher, state.penalty, state.optimizer
-    for epoch in r.progress(range(cfg.epochs), f"lambda {state.penalty.lam:g}", unit="epoch"):
-        for batch in r.epoch_batches(tasks[1], replay, size, cfg.seed, state.task, epoch):
-            if cfg.lr_decay == "linear":
-                state.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - state.step / steps)
-            r.train_step(*networks, batch, gradient_of)
-            state.step += 1
-            before, theta = theta, r.flat(r.trainable(state.model)).detach()
-            average = torch.lerp(average, theta, 0.01)
-            move = theta - before
-            watched["position"].append(float(u @ (theta - theta_star)))
-            watched["average"].append(float(u @ (average - theta_star)))
-            watched["share"].append(float((u @ move).square() / move.square().sum()))
-    return watched
+def learn(cfg: r.Settings, state: r.State, task: r.Data, replay: tuple | None = None) -> None:
+    """Learn a task, as a run with these settings does. `state` becomes that at its end."""
+    with tempfile.TemporaryDirectory() as folder:  # for train_task's checkpoints
+        cfg.out = Path(folder)
+        r.train_task(cfg, state, task, replay, r.progress(total=r.steps_of(cfg, task)[1], unit="step"))
 
 
 def learn_first_task(cfg: r.Settings, data: r.Data) -> tuple[r.State, list[r.Data]]:
     """Learn the first task of a run with these settings. -> the state at its end, and all tasks."""
     tasks, state = r.split_tasks(data, cfg.tasks), r.new_state(cfg, data, data.x.device)
     r.begin_task(cfg, state)
-    with tempfile.TemporaryDirectory() as folder:  # for train_task's checkpoints
-        cfg.out = Path(folder)
-        steps = r.steps_of(cfg, tasks[0])[1]
-        r.train_task(cfg, state, tasks[0], None, r.progress(total=steps, unit="step"))
+    learn(cfg, state, tasks[0])
     return state, tasks
 
 
+class Watched(r.Rank1Penalty):
+    """Rank-1 EWC of one old task, which watches each step along u = mu / ||mu||.
+
+    After each step: "position" u^T (theta - theta*); "average", the same of the weights' running average with
+    decay 0.99; "share" of the step's squared length that lies along u.
+    """
+
+    def add(self, fisher: tuple[Tensor, Tensor], weights: nn.Module) -> dict[str, float]:
+        self.u, self.theta = F.normalize(fisher[0], dim=0), r.flat(r.trainable(weights)).detach()
+        self.average, self.seen = self.theta, {"position": [], "average": [], "share": []}
+        return super().add(fisher, weights)
+
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        before, self.theta = self.theta, r.flat(r.trainable(model)).detach()
+        self.average = torch.lerp(self.average, self.theta, 0.01)
+        move = self.theta - before
+        self.seen["position"].append(float(self.u @ (self.theta - self.origin)))
+        self.seen["average"].append(float(self.u @ (self.average - self.origin)))
+        self.seen["share"].append(float((self.u @ move).square() / move.square().sum()))
+
+
 def figure_movement(_: None, data: r.Data, cfg: r.Settings) -> tuple[dict, Figure]:
-    """Show how the weights move along mu of the first task while the second is learned, lambda 0 and lambda."""
-    state, tasks = learn_first_task(cfg, data)
+    """Show how weights move along mu of the first task while the second is learned, with lambda 0 and lam."""
+    first, tasks = learn_first_task(cfg, data)
     generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
-    fisher = r.rank1_fisher(state.model, tasks[0].x, tasks[0].y, cfg.fisher_samples, generator)
+    fisher = r.rank1_fisher(first.model, tasks[0].x, tasks[0].y, cfg.fisher_samples, generator)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     numbers = {"samples": cfg.fisher_samples, "weights": len(fisher[0])}
     for i, lam in enumerate((0.0, cfg.lam)):
-        state.penalty = r.Rank1Penalty(lam)
+        state = copy.deepcopy(first)
+        state.task, state.epoch, state.step, state.penalty = 1, 0, 0, Watched(lam)
         state.penalty.add(fisher, state.model)
-        watched = second_task(cfg, state, tasks, F.normalize(fisher[0], dim=0))
-        half = len(watched["share"]) // 2
+        r.begin_task(cfg, state)
+        replay = r.replay_pool(cfg, state.teacher, data.x.shape[1:], int(tasks[1].y.min()))
+        learn(cfg, state, tasks[1], replay)
+        position, average, share = map(torch.tensor, state.penalty.seen.values())
+        half, name = len(share) // 2, rf"$\lambda$ = {lam:g}"
         numbers[f"lambda {lam:g}"] = {
-            "mean share": sum(watched["share"]) / len(watched["share"]),
-            "spread in the second half": float(torch.tensor(watched["position"])[half:].std()),
-            "spread of the average": float(torch.tensor(watched["average"])[half:].std()),
-        } | watched
-        left.plot(watched["position"], color=f"C{i}", lw=0.8, label=rf"weights, $\lambda$ = {lam:g}")
-        left.plot(
-            watched["average"], "--", color=f"C{i}", label=rf"their average (0.99), $\lambda$ = {lam:g}"
-        )
-        window = max(1, len(watched["share"]) // 30)
-        smooth = torch.tensor(watched["share"]).unfold(0, window, window).mean(1)
-        middles = window * torch.arange(len(smooth)) + window // 2
-        right.plot(middles, smooth, "o-", ms=3, label=rf"$\lambda$ = {lam:g}")
+            "mean share": float(share.mean()),
+            "spread in the second half": float(position[half:].std()),
+            "spread of the average": float(average[half:].std()),
+        } | state.penalty.seen
+        left.plot(position, color=f"C{i}", lw=0.8, label=f"weights, {name}")
+        left.plot(average, "--", color=f"C{i}", label=f"their average (0.99), {name}")
+        window = max(1, len(share) // 30)
+        smooth = share.unfold(0, window, window).mean(1)
+        right.plot(window * torch.arange(len(smooth)) + window // 2, smooth, "o-", ms=3, label=name)
     right.axhline(1 / numbers["weights"], color="grey", ls=":", label="a random direction")
     left.set(xlabel="step of the second task", ylabel=r"$u^T(\theta - \theta^*)$, $u = \mu / \|\mu\|$")
     right.set(xlabel="step of the second task", ylabel="share of a step along $u$", yscale="log")
     add_legend(left, ncols=2)
     add_legend(right, ncols=3)
     return numbers, figure
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How fast is an old task relearned? (The question of arXiv 2602.02417, by three of the paper's authors.)
+
+
+def relearn(cfg: r.Settings, model: nn.Module, data: r.Data, features: Callable) -> list[float]:
+    """Train a final model on task 1's real images alone. -> FID of task 1 after each of RELEARNING steps.
+
+    By the denoising loss, at a constant tenth of the run's learning rate; the FID is taken as in the run.
+    """
+    task, gradient_of = r.split_tasks(data, cfg.tasks)[0], r.gradient_function(cfg)
+    (size, _), real, fid = r.steps_of(cfg, task), features(task.test_x), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr / 10)
+    # The draws are those of a task after the last: of the seed alone, and new to the model.
+    epochs = (r.epoch_batches(task, None, size, cfg.seed, cfg.tasks, epoch) for epoch in count())
+    batches = chain.from_iterable(epochs)
+    for before, steps in pairwise([0, *RELEARNING]):
+        model.train()
+        for batch in islice(batches, steps - before):
+            r.train_step(model, None, None, optimizer, batch, gradient_of)
+        (sampled,) = r.evaluate(cfg, model, [task], features, data.x.device)
+        fid.append(r.frechet_distance(real, sampled))
+    return fid
+
+
+def compare_relearning(fid: dict[str, np.ndarray], seeds: list[int], learned: float) -> tuple[dict, Figure]:
+    """Compare the FIDs (seeds, RELEARNING) of two rows, the second the baseline. -> CSV, Markdown; picture.
+
+    learned: the mean FID of task 1 when it had just been learned. Intervals: 95%, by Student's t, over seeds.
+    """
+    half = lambda v: student_t.ppf(0.975, len(v) - 1) * v.std(0, ddof=1) / math.sqrt(len(v))
+    (ours, base), (a, b) = fid, fid.values()
+    mean, around = (a - b).mean(0), half(a - b)
+    table, lines = [], ["seed,row,steps,FID"]
+    for i, steps in enumerate(RELEARNING):
+        interval = np.array([mean[i], mean[i] - around[i], mean[i] + around[i]])
+        row = {"steps": steps, ours: float(a[:, i].mean()), base: float(b[:, i].mean())}
+        row["difference"] = "{:+.2f} ({:.2f} to {:.2f})".format(*interval)
+        row[f"of {base}'s mean"] = "{:+.1f}%, {:.1f} to {:.1f}".format(*100 * interval / row[base])
+        table.append(row)
+        lines += [f"{k},{name},{steps},{x}" for name, v in fid.items() for k, x in zip(seeds, v[:, i])]
+    told = f"FID of task 1 after so many steps on its images; just learned, it had {learned:.1f}. Mean of "
+    told += f"{len(seeds)} seeds; difference seed by seed, with the 95% interval of its mean."
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, v in fid.items():
+        left.plot(RELEARNING, v.mean(0), "o-", ms=4, label=name)
+        left.fill_between(RELEARNING, v.mean(0) - half(v), v.mean(0) + half(v), alpha=0.2, lw=0)
+    left.axhline(learned, color="grey", ls=":", label="just learned")
+    right.errorbar(RELEARNING, mean, around, fmt="o-", ms=4, capsize=3, label=f"{ours} less {base}")
+    right.axhline(0, color="black", lw=0.8)
+    for axes, label in ((left, "FID of task 1"), (right, "difference, seed by seed")):
+        axes.set(xlabel="training steps on task 1 alone", ylabel=f"{label} (mean, 95% interval)")
+        axes.set_xticks(RELEARNING)
+        add_legend(axes)
+    return {"csv": "\n".join([*lines, ""]), "md": f"{markdown(table)}\n{told}\n"}, figure
+
+
+def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: str) -> tuple[dict, Figure]:
+    """Relearn task 1 with two rows of runs, and compare_relearning(). Stops if the rows cannot be paired."""
+    rows = [[load_run(run, data_dir, device) for run in row] for row in (runs, against)]
+    rows = [sorted(row, key=lambda run: run[0].seed) for row in rows]
+    settings = [[r.settings_of(cfg) for cfg, *_ in row] for row in rows]
+    seeds = [[each.pop("seed") for each in row] for row in settings]
+    ours, base = (row[0] for row in settings)
+    alike = all(each == row[0] for row in settings for each in row)
+    if not alike or ours == base or ours | {key: base[key] for key in ("method", "lam")} != base:
+        r.stop(
+            "within a row the runs must differ in --seed alone, between the rows in --method and --lam too"
+        )
+    if seeds[0] != seeds[1] or not 1 < len(seeds[0]) == len({*seeds[0]}):
+        r.stop(f"both rows must have the same seeds, two at least, a run each: not {seeds[0]} and {seeds[1]}")
+    features, fid = r.prepare(rows[0][0][0], rows[0][0][2].x.device)[1], {}
+    for of, row in zip((ours, base), rows):
+        name = f"{of['method']} --lam {of['lam']:g}" if of["lam"] else of["method"]
+        fid[name] = np.array([relearn(*run, features) for run in r.progress(row, name, unit="run")])
+    learned = [r.read_result(run / "result.json")["fid"][0][0] for run in against]
+    return compare_relearning(fid, seeds[0], float(np.mean(learned)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -370,23 +462,38 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     return cfg, model, data
 
 
+def save(name: str, figure: Figure, **texts: str) -> None:
+    """Write NAME.png, and each text with its ending."""
+    with r.whole(Path(f"{name}.png")) as file:
+        figure.savefig(file, dpi=120)
+    for ending, text in texts.items():
+        with r.whole(Path(f"{name}.{ending}")) as file:
+            file.write(text.encode())
+    print(f"In {', '.join(f'{name}.{ending}' for ending in ('png', *texts))}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Make a figure of a finished run: the picture and its numbers."""
+    """Make a figure of a finished run, or compare how fast runs relearn: a picture and its numbers."""
     parser = argparse.ArgumentParser("python -m results.geometry", description=__doc__.split("\n\n")[0])
     parser.error = r.stop
-    parser.add_argument("figure", choices=FIGURES, help="the paper's number of it, or the VAE control")
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, nargs="?", help="folder of a finished run; or, without"
-    )
+    parser.add_argument("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run; or:")
     parser.add_argument("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
+    parser.add_argument("--against", metavar="RUN", type=Path, nargs="+", help="the other row, of relearning")
     parser.add_argument("--to", metavar="NAME", help="of the files (default: results/figure1-<dataset>, ..)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
-    if (args.run is None) == (args.first_task is None) or (args.run and args.figure == "movement"):
+    if args.figure == "relearning":
+        if not (args.runs and args.against and args.to) or args.first_task:
+            r.stop("relearning takes runs, others to compare them with, --against RUN .., and --to NAME")
+        texts, figure = relearning(args.runs, args.against, args.data_dir, args.device)
+        return save(args.to, figure, **texts)
+    first = args.first_task is not None
+    if len(args.runs) != (not first) or (args.figure == "movement" and not first) or args.against:
         r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
-    if args.run:
-        cfg, model, data = load_run(args.run, args.data_dir, args.device)
+    if args.runs:
+        cfg, model, data = load_run(*args.runs, args.data_dir, args.device)
     else:
         where = ["--data-dir", str(args.data_dir), "--device", args.device]
         cfg = r.parse_args([*shlex.split(args.first_task), *where])
@@ -404,13 +511,9 @@ def main(argv: list[str] | None = None) -> None:
         run += f", {numbers['samples']:,} samples a timestep"
     figure.suptitle(run, fontsize="medium")
     name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
-    if table := numbers.pop("table", None):
-        with r.whole(Path(f"{name}.md")) as file:
-            file.write(table.encode())
+    texts = {"md": numbers.pop("table")} if "table" in numbers else {}
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
-    with r.whole(Path(f"{name}.png")) as file:
-        figure.savefig(file, dpi=120)
-    print(f"In {name}.png, {name}.json")
+    save(name, figure, **texts)
 
 
 if __name__ == "__main__":
