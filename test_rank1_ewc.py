@@ -32,6 +32,7 @@ import pytest
 import scipy.stats
 import torch
 import torchvision
+from PIL import Image
 from torch.nn import functional
 
 import rank1_ewc as r
@@ -1290,20 +1291,41 @@ def test_under_torchrun_one_process_alone_can_take_a_fisher_of_a_model_in_ddp():
 
 
 # ---- the README's programs
-BLOCKS = re.findall("```python\n(.*?)```", SCRIPT.with_name("README.md").read_text(), re.DOTALL)
+OWN = SCRIPT.with_name("results") / "pages/your-own.md"
+BLOCKS = re.findall("```python\n(.*?)```", OWN.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_program(k, **options):
+    """The k-th program of that page; in photos/ are four images of each of four classes, some of them grey."""
+    for split, c, i in itertools.product(("train", "test"), range(4), range(4)):
+        path = Path("photos", split, "abcd"[c], f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bright = torch.randint(60 * c, 60 * c + 40, (1 if i else 3, 50, 40)).to(torch.uint8)
+        torchvision.io.write_png(bright, str(path)) if not path.exists() else None
+    before = BLOCKS[:k] if "model" in BLOCKS[k] else []  # it goes on with the names of the first
+    program = "".join([*before, BLOCKS[k]])
+    return python("-c", program, cwd=None, env={"PYTHONPATH": str(SCRIPT.parent)}, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(len(BLOCKS)))
-def test_the_readmes_programs_run_as_they_stand(k):
+def test_the_programs_for_your_own_training_and_images_run_as_they_stand(k):
     if "diffusers" in BLOCKS[k]:
         pytest.importorskip("diffusers", reason="diffusers is not installed")
-    for split, c, i in itertools.product(("train", "test"), "abcd", range(4)):
-        path = Path("photos", split, c, f"{i}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.io.write_png(torch.randint(256, (3, 50, 40)).to(torch.uint8), str(path))
-    before = BLOCKS[:k] if "model" in BLOCKS[k] else []  # it goes on with the names of the first
-    python("-c", "".join([*before, BLOCKS[k]]), cwd=None, env={"PYTHONPATH": str(SCRIPT.parent)})
+    run_program(k)
+
+
+@pytest.mark.slow
+def test_the_loader_of_folders_refuses_other_classes_and_images_that_it_would_flatten():
+    path = Path("photos/test/a/0.png")
+    path.parent.mkdir(parents=True)
+    Image.new("RGBA", (50, 40)).save(path)
+    assert f"{path} has mode RGBA" in run_program(2, check=False).stderr
+    path.unlink()
+    Path("photos/train/D").mkdir()
+    Path("photos/train/a/0.png").rename("photos/train/D/0.png")
+    refused = run_program(2, check=False)
+    assert (refused.returncode, "['D', 'a', 'b', 'c', 'd'] to train" in refused.stderr) == (2, True)
 
 
 # ---- results/beyond.py: F's top eigenvectors, a part of the timesteps, the proximal step
