@@ -800,6 +800,15 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     return lambda images: in_parts(lambda v: model[:-1](to_float(v)), images, device)
 
 
+def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
+    """The features that --fid names; cfg.fid_features becomes what they are called in result.json."""
+    if cfg.fid == "inception":
+        cfg.fid_features = "inception, legacy_tensorflow"
+        return inception_features(device)
+    cfg.fid_features = f"{cfg.dataset}-classifier"
+    return classifier_features(cfg.dataset, data, device)
+
+
 def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callable) -> list[float]:
     """What a perfect model would score: training images, drawn at random, in the place of samples."""
     generator = rng(torch.device("cpu"), cfg.seed, "real")
@@ -1399,16 +1408,12 @@ def set_up(cfg: Settings) -> torch.device:
 
 
 def begin_run(cfg: Settings, device: torch.device) -> dict:
-    """Load the data and the features of the FID, of which cfg.fid_features becomes the name; then run."""
+    """Load the data and the features of the FID, then run."""
     turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for i in range(3):  # one process may have to download, then one of each other machine, then all
         if i == turn:
             data = load_data(cfg.dataset, cfg.data_dir)
-            if cfg.fid == "inception":
-                features, cfg.fid_features = inception_features(device), "inception, legacy_tensorflow"
-            else:
-                features = classifier_features(cfg.dataset, data, device)
-                cfg.fid_features = f"{cfg.dataset}-classifier"
+            features = fid_features(cfg, data, device)
         all_sum(torch.zeros(1))  # all wait here
     if cfg.limit:
         data, cfg.fid_features = limit_classes(data, cfg.limit), f"{cfg.fid_features}, limit {cfg.limit}"

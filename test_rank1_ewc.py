@@ -1491,19 +1491,21 @@ def test_relearning_trains_on_task_1_alone_and_takes_its_fid_as_the_run_does(tin
     folders, final = {"gd": [], "rank1": []}, {}
     for method, seed in itertools.product(folders, "10"):
         folders[method].append(str(tmp_path / f"{method}{seed}"))
-        result, calls = tiny("--tasks=2", "--seed", seed, out=f"{method}{seed}", method=method)
+        result, _ = tiny("--tasks=2", "--seed", seed, "--method", method, out=f"{method}{seed}")
         final[method, seed] = result["fid"][-1][0]
-    del calls["train_step"][:], calls["steps"][:]
+    trained = []
+    spy(monkeypatch, r, "train_step", lambda _, *call: trained.append((*call, call[0].training)))
     to = str(tmp_path / "to")
     geometry.main(["relearning", *folders["rank1"], "--against", *folders["gd"], "--to", to])
     lines = [line.split(",") for line in Path(f"{to}.csv").read_text().splitlines()[1:]]
     fid = {(row.split()[0], seed, steps): float(value) for seed, row, steps, value in lines}
     assert {of[:2]: value for of, value in fid.items() if of[2] == "0"} == final
 
-    trained = calls["train_step"]
-    assert [(training, lr) for _, lr, training, _ in calls["steps"]] == [(True, pytest.approx(4e-4))] * 12
-    assert all(call[2] is call[3] is None for call in trained)  # neither a teacher nor a penalty
-    draws = [call[5] for call in trained]
+    assert len(trained) == 12
+    for _, teacher, penalty, optimizer, *_, training in trained:
+        assert teacher is penalty is None and training
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(4e-4)
+    draws = [call[4] for call in trained]
     torch.testing.assert_close(draws[:6], draws[6:], rtol=0, atol=0)  # the same for both rows
     assert not draws[0][2].equal(draws[3][2]) and torch.cat([batch[3] for batch in draws]).max() < 5
     cfg, model, data = geometry.load_run(tmp_path / "gd1", Path(), "cpu")
@@ -1531,7 +1533,7 @@ def test_two_rows_relearning_are_compared_seed_by_seed():
 
 
 def test_relearning_refuses_runs_that_cannot_be_paired_or_have_no_model(tiny, tmp_path, capsys):
-    result, _ = tiny("--tasks=2", method="gd")
+    result, _ = tiny("--tasks=2", "--method=gd")
     kinds = {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 2, "epochs": 2}}
     for method, out in itertools.product(("gd", "rank1"), kinds):
         config = result["config"] | kinds[out] | {"method": method}
@@ -1728,6 +1730,14 @@ def test_a_text_includes_the_tables_as_their_files_now_are():
 def anchor(heading):
     """As GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_readmes_map_names_functions_and_tests_that_are_there():
+    text = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
+    rows = re.search("## From the paper to the code.*?(?=^Deviations)", text, re.DOTALL | re.MULTILINE).group()
+    names = re.findall("`([a-z_A-Z0-9]+)`", rows)
+    assert len(names) > 30
+    assert [name for name in names if not hasattr(r, name) and name not in globals()] == []
 
 
 def test_every_link_and_picture_of_the_texts_leads_somewhere():

@@ -423,7 +423,8 @@ def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: st
         )
     if seeds[0] != seeds[1] or not 1 < len(seeds[0]) == len({*seeds[0]}):
         r.stop(f"both rows must have the same seeds, two at least, a run each: not {seeds[0]} and {seeds[1]}")
-    features, fid = r.prepare(rows[0][0][0], rows[0][0][2].x.device)[1], {}
+    (cfg, _, data), fid = rows[0][0], {}
+    features = r.fid_features(cfg, data, data.x.device)
     for of, row in zip((ours, base), rows):
         name = f"{of['method']} --lam {of['lam']:g}" if of["lam"] else of["method"]
         fid[name] = np.array([relearn(*run, features) for run in r.progress(row, name, unit="run")])
@@ -455,7 +456,7 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     data = load_data(cfg)
     try:
         model = r.new_state(cfg, data, data.x.device).model.eval()
-        model.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
+        model.load_state_dict(r.load_whole(run / "model.pt", torch.device("cpu")))
     except r.DAMAGED as error:
         broken = f"{run / 'model.pt'} is missing, damaged or of another network ({type(error).__name__})"
         r.stop(f"{broken}: train it anew with --out {run} --fresh, or name another run")
@@ -474,13 +475,14 @@ def save(name: str, figure: Figure, **texts: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Make a figure of a finished run, or compare how fast runs relearn: a picture and its numbers."""
-    parser = argparse.ArgumentParser("python -m results.geometry", description=__doc__.split("\n\n")[0])
+    summary = (__doc__ or "").partition("\n\n")[0]
+    parser = argparse.ArgumentParser("python -m results.geometry", description=summary)
     parser.error = r.stop
     parser.add_argument("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run; or:")
     parser.add_argument("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
     parser.add_argument("--against", metavar="RUN", type=Path, nargs="+", help="the other row, of relearning")
-    parser.add_argument("--to", metavar="NAME", help="of the files (default: results/figure1-<dataset>, ..)")
+    parser.add_argument("--to", metavar="NAME", help="of the files (default: runs/figure1-<dataset>, ..)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
@@ -510,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
         run += f"{', first task' if args.first_task else ''}: {len(r.flat(model.parameters())):,} weights"
         run += f", {numbers['samples']:,} samples a timestep"
     figure.suptitle(run, fontsize="medium")
-    name = args.to or f"results/figure{args.figure}-{cfg.dataset}"
+    name = args.to or f"runs/figure{args.figure}-{cfg.dataset}"
     texts = {"md": numbers.pop("table")} if "table" in numbers else {}
     r.write_json(Path(f"{name}.json"), {"figure": args.figure, "config": r.settings_of(cfg)} | numbers)
     save(name, figure, **texts)

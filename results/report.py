@@ -222,8 +222,9 @@ def summarize(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def markdown(rows: pd.DataFrame | Sequence[dict]) -> str:
-    """A table of strings, "-" for None, its columns as wide as their widest cell; empty columns are left out."""
-    table = pd.DataFrame(rows).astype(object).fillna("-").astype(str)
+    """A table, "-" for None, its columns as wide as their widest cell; empty columns are left out."""
+    rounded = lambda v: f"{v:.{2 if abs(v) < 3 else 1}f}" if isinstance(v, float) and pd.notna(v) else v
+    table = pd.DataFrame(rows).astype(object).map(rounded).fillna("-").astype(str)
     table = table.loc[:, (table != "-").any()]
     table = table[sorted(table, key=lambda name: MEASURES.index(name) if name in MEASURES else -1)]
     lines = [[*table.columns], *table.values.tolist()]
@@ -446,7 +447,7 @@ def sample(run: Path, classes: Sequence[int], to: Path) -> None:
     """Let the model of a finished run generate ten images of each class, a row a class, into a PNG."""
     config = r.read_result(run / "result.json")["config"]
     try:
-        weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
+        weights = r.load_whole(run / "model.pt", torch.device("cpu"))
         num_classes, in_channels = len(weights["class_embedding.weight"]), weights["conv_in.weight"].shape[1]
         model = r.UNet(in_channels, num_classes, config["channels"], config["layers_per_block"]).eval()
         model.load_state_dict(weights)
@@ -501,7 +502,7 @@ def include(text: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Report on all runs below folders or, as the flags say, do another of the things that stand above."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.error, form = r.stop, parser.add_mutually_exclusive_group()
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
     settings = [*{*usual_settings("digits")} - {"dataset", "method", "seed"}, "curvature"]

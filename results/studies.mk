@@ -6,9 +6,13 @@
 falling = --dataset digits
 constant = --dataset digits --lr 1e-3 --lr-decay none
 fashion = --dataset fashion --small --epochs 2 --data-dir $(DATA)
+stiff = $(constant)
 long = --dataset digits --tasks 10 --epochs 810
 results/runs/%/result.json: | .venv/installed
 	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D)
+.PRECIOUS: results/runs/%/model.pt
+results/runs/%/model.pt: | .venv/installed
+	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D) --fresh
 
 # $(call study,name,page,over,seeds,runs,against): a run is taken with all seeds, or with that in its name; without
 # `over` it is a Table 1. With CHECK=1 no run is made.
@@ -64,8 +68,11 @@ $(call study,ten-seeds-constant,constant,lam,$(TEN),$(addprefix constant/,gd ran
 $(call study,nine-seeds-constant,constant,lam,0 1 2 3 4 5 7 8 9,constant/gd constant/rank1+lam=10)
 # lambda: rank-1 EWC against GD over lambda at the constant rate
 $(call study,lambda,constant,curvature,$(FIVE),$(addprefix constant/,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000))
-# stiff: does lambda 1000, much too large, hurt at the constant rate, on ten seeds?
-$(call study,stiff,constant,lam,5 6 7 8 9 10 11 12 13 14,constant/gd constant/rank1+lam=1000)
+# stiff: rank-1 EWC at lambda 1000 against GD at the constant rate, on ten new seeds
+$(call study,stiff,constant,lam,5 6 7 8 9 10 11 12 13 14,stiff/gd stiff/rank1+lam=1000)
+# stiff-fifteen: the same on these and the first five seeds together
+$(call study,stiff-fifteen,constant,lam,$(FIVE),constant/gd constant/rank1+lam=1000 \
+  $(foreach s,5 6 7 8 9 10 11 12 13 14,stiff/gd+seed=$(s) stiff/rank1+lam=1000+seed=$(s)))
 
 # lambda-ema: rank-1 EWC against GD over lambda at the constant rate, with an average of the weights
 AVERAGED := $(patsubst %,constant/%+ema=0.99,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000)
@@ -115,9 +122,16 @@ $(call study,long-pilot,long-chain,replay_per_class,200 201,$(addprefix long/gd+
 # long-lambda: which lambda there, with the pool that passed the gate, on the same seeds
 $(call study,long-lambda,long-chain,lam,200 201,\
   $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=10 rank1+lam=100 rank1+lam=300))
-# long-test: both EWCs against GD there, on ten new seeds (make long-test LAMBDA=100 L=10)
+# long-test: rank-1 EWC against GD there, on ten new seeds
 $(call study,long-test,long-chain,lam,210 211 212 213 214 215 216 217 218 219,\
-  $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=$(LAMBDA) diag+lam=$(L)))
+  $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=300))
+# long-diagonal: which lambda of the diagonal there, on the seeds of the pilot
+$(call study,long-diagonal,long-chain,lam,200 201,\
+  $(patsubst %,long/%+replay-per-class=50,gd diag+lam=1 diag+lam=10))
+# relearning: how fast is the first of the ten tasks relearned by the models of that test? seeds 210 to 214
+relearning: $(foreach s,210 211 212 213 214,results/runs/long/gd+replay-per-class=50+seed=$(s)/model.pt)
+relearning: $(foreach s,210 211 212 213 214,results/runs/long/rank1+lam=300+replay-per-class=50+seed=$(s)/model.pt)
+	$(PY) -m results.geometry $@ $(filter %/rank1%,$(^D)) --against $(filter %/gd%,$(^D)) --to results/pages/long-chain/$@
 
 # search-fashion: which lambda on FashionMNIST (DATA=its folder), a small network, at half the length
 $(call study,search-fashion,fashion,curvature,100,\
@@ -150,7 +164,7 @@ movement: .venv/installed
 
 LISTED := $(shell sed -n 's/^\# \([a-z0-9-]*\): .*/\1/p' results/studies.mk)
 # Every table anew from the runs that are there; then the pages that include them. It trains nothing.
-NOT_YET := long-lambda long-test stiff
+NOT_YET := long-test long-diagonal relearning stiff stiff-fifteen
 CHECKED := $(filter-out $(NOT_YET) forgetting fisher fisher-fashion movement,$(LISTED))
 check-numbers: .venv/installed  # the maintainer's
 	$(MAKE) --no-print-directory CHECK=1 $(CHECKED)
