@@ -54,7 +54,7 @@ imagenet:
 	$(PY) -m results.report $(RUNS)/imagenet32
 
 flags = $(subst =, ,$(subst +, --,$(1)))# gd+lam=10 becomes gd --lam 10
-BEYOND = rank1-eig% rank2% rank4% rank1-low% rank1-middle% rank1-high% rank1-proximal%
+BEYOND = rank1-eig% rank2% rank4% rank1-low% rank1-middle% rank1-high% rank1-proximal% isotropic%
 program = $(PY) $(if $(filter $(BEYOND),$(1)),-m results.beyond,rank1_ewc.py)
 $(RUNS)/%: FORCE | .venv/installed
 	$(call program,$(*F)) --dataset $(*D) --method $(call flags,$(*F)) --out $@ --data-dir $(DATA) $(EXTRA)
@@ -67,8 +67,8 @@ MODEL ?= $(RUNS)/digits/joint+seed=0
 fig1 fig2 fig3 vae: $(MODEL)  ## Figures 1 to 3, and the control of a VAE, of the run MODEL
 	$(PY) -m results.geometry $(subst fig,,$@) $(MODEL) --data-dir $(DATA) --to $(RUNS)/$@
 
-studies:  ## the studies of results/, by name: make lambda makes the runs that are missing, and the table
-	@sed -n 's/^# \([a-z0-9-]*\): /  make \1|/p' results/studies.mk | column -t -s '|'
+studies:  ## the studies of results/, by name: make lambda makes that one's missing runs, and its table
+	@awk '/^# [a-z0-9-]+: / {sub(":", "", $$2); name = $$2; $$1 = $$2 = ""; printf "  make %-20s%s\n", name, $$0}' results/studies.mk
 include results/studies.mk
 
 .PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet FORCE

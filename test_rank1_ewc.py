@@ -1734,7 +1734,9 @@ def anchor(heading):
 
 def test_the_readmes_map_names_functions_and_tests_that_are_there():
     text = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
-    rows = re.search("## From the paper to the code.*?(?=^Deviations)", text, re.DOTALL | re.MULTILINE).group()
+    rows = re.search(
+        "## From the paper to the code.*?(?=^Deviations)", text, re.DOTALL | re.MULTILINE
+    ).group()
     names = re.findall("`([a-z_A-Z0-9]+)`", rows)
     assert len(names) > 25
     assert [name for name in names if not hasattr(r, name) and name not in globals()] == []
@@ -1752,8 +1754,8 @@ def test_every_link_and_picture_of_the_texts_leads_somewhere():
         for link in [link for link in links if "://" not in link]:
             to, _, heading = link.partition("#")
             target = (path.parent / to).resolve() if to else path
-            if not target.exists() or heading and heading not in anchors[target]:
-                broken.append((path.name, link))
+            if not target.exists() or heading and heading not in anchors.get(target, ()):
+                broken.append((str(path.relative_to(root)), link))
         broken += [(path.name, table) for table in tables if not (root / table).exists()]
     assert broken == []
 
