@@ -1732,6 +1732,24 @@ def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def test_the_exercises_table_has_the_numbers_of_its_runs_and_its_changes_of_the_script_apply():
+    page = SCRIPT.with_name("results") / "pages/exercises.md"
+    rows = re.findall(
+        r"^\| .* \| `(.*)` \| (.*) \| (.*) \| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) == 14
+    for run, *numbers in rows:
+        result = r.read_result(page.parents[1] / "runs" / run / "result.json")
+        learned = np.diag(np.array(result["fid"], float)).mean()
+        assert numbers == [f"{value:.1f}" for value in (result["afid"][-1], result["forgetting"], learned)]
+    studies = page.parents[1].joinpath("studies.mk").read_text(encoding="utf-8")
+    for change in re.findall("^[a-z-]+ = (s[/|].*)$", studies, re.MULTILINE):
+        changed = subprocess.run(["sed", change, SCRIPT], capture_output=True, text=True, check=True).stdout
+        more = len(changed.splitlines()) - len(SCRIPT.read_text(encoding="utf-8").splitlines())
+        assert changed != SCRIPT.read_text(encoding="utf-8") and more in (0, 1)
+        compile(changed, "changed", "exec")
+
+
 def test_the_readmes_map_names_functions_and_tests_that_are_there():
     text = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
     rows = re.search(

@@ -8,6 +8,7 @@ constant = --dataset digits --lr 1e-3 --lr-decay none
 fashion = --dataset fashion --small --epochs 2 --data-dir $(DATA)
 stiff = $(constant)
 long = --dataset digits --tasks 10 --epochs 810
+exercises = --epochs 90
 results/runs/%/result.json: | .venv/installed
 	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D)
 .PRECIOUS: results/runs/%/model.pt
@@ -143,6 +144,21 @@ $(call study,fashion-table1,fashion,,0 1 2,fashion/gd fashion/rank1+lam=1000)
 # average-fashion: GD with the average at a constant rate on FashionMNIST, against GD at the falling one
 $(call study,average-fashion,fashion,ema,0 1 2,fashion/gd fashion/gd+lr=2e-3+lr-decay=none+ema=0.99)
 
+# exercises: the short runs of pages/exercises.md, three of them by a changed copy of the script
+no-distillation = s/return denoise, distill, ewc/return denoise, 0 * distill, ewc/
+same-draws = s/^        batches = my_share/        generator.manual_seed(generator.initial_seed())\n&/
+random-direction = s|^        mu = all_sum.*|&\n        mu = torch.randn(len(mu), generator=generator, device=mu.device) * mu.norm() / len(mu) ** 0.5|
+CHANGED := $(patsubst %,results/runs/exercises/%+seed=0/result.json,no-distillation same-draws random-direction)
+UNCHANGED := finetune gd rank1+lam=1000 isotropic rank1-high rank1+replay-per-class=5 gd+replay-per-class=5
+UNCHANGED += gd+lr=1e-3+lr-decay=none gd+lr=1e-3+lr-decay=none+ema=0.99 rank1+replay-steps=2
+exercises-made := $(CHANGED) $(UNCHANGED:%=results/runs/exercises/%+seed=0/result.json)
+$(CHANGED): | .venv/installed
+	mkdir -p runs/exercises
+	sed '$($(patsubst %+seed=0,%,$(notdir $(@D))))' rank1_ewc.py > runs/exercises/$(notdir $(@D)).py
+	$(PY) runs/exercises/$(notdir $(@D)).py $(exercises) --out $(@D)
+.PHONY: exercises
+exercises: $(exercises-made)
+
 # fisher: Figures 1 to 3 of a model of all digits at each rate, and a VAE at the constant one
 fisher: $(addprefix results/pages/fisher/falling-figure,1.json 2.json 3.json)
 fisher: $(addprefix results/pages/fisher/constant-figure,1.json 2.json 3.json vae.json)
@@ -165,7 +181,7 @@ movement: .venv/installed
 LISTED := $(shell sed -n 's/^\# \([a-z0-9-]*\): .*/\1/p' results/studies.mk)
 # Every table anew from the runs that are there; then the pages that include them. It trains nothing.
 NOT_YET := long-test long-diagonal relearning stiff stiff-fifteen
-CHECKED := $(filter-out $(NOT_YET) forgetting fisher fisher-fashion movement,$(LISTED))
+CHECKED := $(filter-out $(NOT_YET) forgetting exercises fisher fisher-fashion movement,$(LISTED))
 check-numbers: .venv/installed  # the maintainer's
 	$(MAKE) --no-print-directory CHECK=1 $(CHECKED)
 	$(PY) -m results.report --tally results/pages/*/*.csv
