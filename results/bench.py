@@ -4,8 +4,8 @@
     python -m results.bench --growth   # what runs of 2, 5 and 10 tasks cost: growth.json, .png
     python -m results.bench --tricks   # what makes a GPU faster, trick by trick: tricks-<device>.json, .md
 
-They write into results/pages/cost, or --to FOLDER; with --small, which tries them in small sizes, only --to. On
-a GPU, in less than ten minutes (the second line with --small rehearses it, also on a CPU):
+They write into results/pages/cost, or --to FOLDER; with --small, which tries them in small sizes, only --to.
+On a GPU, in less than ten minutes (the second line with --small rehearses it, also on a CPU):
 
     timeout 110 python -m pytest -q -m skipif test_rank1_ewc.py
     timeout 475 python -m results.bench --tricks --minutes 7 --to FOLDER
@@ -67,8 +67,9 @@ RUNS = {  # whole runs of rank-1 EWC on digits: their settings, the first as in 
     "the same, 10,000 samples a Fisher": ("--epochs 90 --fisher-samples 10000", 3),
 }
 VARIANTS = {"plain": "", "bf16": "--bf16", "accumulate 2": "--accumulate 2"}  # of short runs
-AUTHORS = """- as the authors' code takes them: diffusers' network, images from a DataLoader, a penalty that is a sum over
-  four old tasks; a run also with diffusers' sampler, and a Fisher of single gradients, in float64, in two passes"""
+AUTHORS = f"""- as the authors' code takes them: the network of {NETWORK}, images from a DataLoader, a penalty that is
+  a sum over four old tasks; in a whole run also that sampler, and a Fisher in two passes over single
+  gradients, in float64"""
 TRICKS = {  # what each row sets otherwise than the row before
     "float32": {"precision": "float32", "repeatable": True},
     "TF32 in convolutions": {"precision": "TF32"},
@@ -343,8 +344,8 @@ def both_penalties(bench: Bench, tasks: int) -> tuple[PlainPenalty, r.Rank1Penal
 def bench_training(bench: Bench) -> None:
     """Steps with replay and distillation; leaves the seconds of one of ours to the bench.
 
-    First without a penalty on the same batches; then as the authors' code takes them in the last of five tasks,
-    with a DataLoader, and a penalty that is a sum over four old tasks.
+    First without a penalty on the same batches; then as the authors' code takes them in the last of five
+    tasks, with a DataLoader, and a penalty that is a sum over four old tasks.
     """
     cfg, start, own = bench.cfg, copy.deepcopy(bench.student.state_dict()), (bench.student, bench.teacher)
     theirs = [plain_network(cfg, network) for network in own]
@@ -449,7 +450,7 @@ def bench_runs(bench: Bench) -> None:
 
 
 def short_runs(bench: Bench) -> dict[str, list[float]]:
-    """The final AFID of short runs, seeds 0 to 2: no variant should move it further than another seed does."""
+    """The final AFID of short runs, seeds 0 to 2: no variant should move it further than other seeds do."""
     short = f"--device {bench.device.type} --epochs 27 --replay-per-class 50 --no-bf16"
     afid = lambda flags, seed: in_a_process(OURS, f"{short} {flags} --seed {seed}")["afid"][-1]
     return {variant: [afid(flags, seed) for seed in range(3)] for variant, flags in VARIANTS.items()}
@@ -458,7 +459,8 @@ def short_runs(bench: Bench) -> dict[str, list[float]]:
 def milliseconds_by_threads(bench: Bench) -> dict[str, float]:
     """A training step in one thread and in two, on idle cores and beside a process that keeps one busy."""
     step, medians = a_training_step(bench), {}
-    for beside, program in {"idle cores": "", "one busy": "while True: pass"}.items():
+    busy = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # it ends with the bench
+    for beside, program in {"idle cores": "", "one busy": busy}.items():
         other = subprocess.Popen([sys.executable, "-c", program])
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -599,10 +601,10 @@ def measure(bench: Bench, row: dict, tricks: dict, held: dict) -> None:
 
 
 def bench_tricks(bench: Bench, to: Path | None, minutes: float) -> dict[str, dict]:
-    """Each piece of work with each row's tricks, turn about; after each row all is written, as far as it goes.
+    """Each piece of work with each row's tricks, turn about; after each row all is written, as far as it is.
 
-    A row that fails is noted, and the next goes on. After so many minutes none begins. The last two, which may
-    compile for minutes, come after everything else and after another turn of the row before them.
+    A row that fails is noted, and the next goes on. After so many minutes none begins. The last two, which
+    may compile for minutes, come after everything else, and after another turn of the row before them.
     """
     end, turns, held = time.monotonic() + 60 * minutes, 1 if bench.small else 3, {}
     peak = max(matrix_product_speed(bench, dtype) for dtype in (torch.float32, torch.bfloat16))
