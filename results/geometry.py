@@ -391,8 +391,10 @@ def compare_relearning(fid: dict[str, np.ndarray], seeds: list[int], learned: fl
         row[f"of {base}'s mean"] = "{:+.1f}%, {:.1f} to {:.1f}".format(*100 * interval / row[base])
         table.append(row)
         lines += [f"{k},{name},{steps},{x}" for name, v in fid.items() for k, x in zip(seeds, v[:, i])]
-    told = f"FID of task 1 after so many steps on its images; just learned, it had {learned:.1f}. Mean of "
-    told += f"{len(seeds)} seeds; difference seed by seed, with the 95% interval of its mean."
+    told = (
+        f"Mean FID of task 1 over {len(seeds)} seeds, after so many steps on its images ({learned:.1f} when "
+    )
+    told += "just learned); differences seed by seed, with the 95% interval of their mean."
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
