@@ -69,9 +69,9 @@ $(call study,ten-seeds-constant,constant,lam,$(TEN),$(addprefix constant/,gd ran
 $(call study,nine-seeds-constant,constant,lam,0 1 2 3 4 5 7 8 9,constant/gd constant/rank1+lam=10)
 # lambda: rank-1 EWC against GD over lambda at the constant rate
 $(call study,lambda,constant,curvature,$(FIVE),$(addprefix constant/,gd rank1+lam=10 rank1+lam=100 rank1+lam=1000))
-# stiff: rank-1 EWC at lambda 1000 against GD at the constant rate, on ten new seeds
+# stiff: (not run yet) rank-1 EWC at lambda 1000 against GD at the constant rate, on ten new seeds
 $(call study,stiff,constant,lam,5 6 7 8 9 10 11 12 13 14,stiff/gd stiff/rank1+lam=1000)
-# stiff-fifteen: the same on these and the first five seeds together
+# stiff-fifteen: (not run yet) the same on these and the first five seeds together
 $(call study,stiff-fifteen,constant,lam,$(FIVE),constant/gd constant/rank1+lam=1000 \
   $(foreach s,5 6 7 8 9 10 11 12 13 14,stiff/gd+seed=$(s) stiff/rank1+lam=1000+seed=$(s)))
 
@@ -123,10 +123,10 @@ $(call study,long-pilot,long-chain,replay_per_class,200 201,$(addprefix long/gd+
 # long-lambda: which lambda there, with the pool that passed the gate, on the same seeds
 $(call study,long-lambda,long-chain,lam,200 201,\
   $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=10 rank1+lam=100 rank1+lam=300))
-# long-test: rank-1 EWC against GD there, on ten new seeds
+# long-test: (five of ten seeds run) rank-1 EWC against GD there, on ten new seeds
 $(call study,long-test,long-chain,lam,210 211 212 213 214 215 216 217 218 219,\
   $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=300))
-# long-diagonal: which lambda of the diagonal there, on the seeds of the pilot
+# long-diagonal: (not run yet) which lambda of the diagonal there, on the seeds of the pilot
 $(call study,long-diagonal,long-chain,lam,200 201,\
   $(patsubst %,long/%+replay-per-class=50,gd diag+lam=1 diag+lam=10))
 # relearning: how fast is the first of the ten tasks relearned by the models of that test? seeds 210 to 214
