@@ -1289,7 +1289,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_result(path: Path) -> dict:
     with or_stop(f"{path} is damaged", "remove it, or start its run over with --fresh"):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(), parse_constant=int)  # int("NaN") is an error, as it should be
         result["config"], table(result)  # fails if anything of this is missing
     return result
 

@@ -1086,6 +1086,8 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
     if file == "checkpoint.pt":  # zeros in it, which torch.load does not see
         parts = [len(whole) * share // 12 for share in range(1, 12)]
         cases += [(whole[:i] + bytes(200) + whole[i + 200 :], "--lam=10", "damaged") for i in parts]
+    if file == "result.json":
+        cases += [(whole.replace(b'"afid": [', b'"afid": [NaN, '), "--lam=10", "damaged NaN")]
     retired = whole.replace(b'"lam": 10.0, "fish', b'"form": "other", "lam": 10.0, "fish')
     if file == "result.json":  # of a setting that there was once, at another value than what is done now
         cases += [(retired, "--lam=10", "--form other not loss")]

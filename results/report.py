@@ -510,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     form.add_argument("--sample", action="store_true", help="let the model of a run generate images")
     form.add_argument("--include", action="store_true", help="renew the tables that these texts include")
     form.add_argument("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
-    parser.add_argument("--to", type=Path, help="folder or name of what is written")
+    parser.add_argument("--to", type=r.folder, help="folder or name of what is written")
     parser.add_argument("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="show these methods")
     parser.add_argument("--classes", type=r.numbers, help="of which --sample generates images: 3,7")

@@ -123,7 +123,7 @@ $(call study,long-pilot,long-chain,replay_per_class,200 201,$(addprefix long/gd+
 # long-lambda: which lambda there, with the pool that passed the gate, on the same seeds
 $(call study,long-lambda,long-chain,lam,200 201,\
   $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=10 rank1+lam=100 rank1+lam=300))
-# long-test: (six of ten seeds run) rank-1 EWC against GD there, on ten new seeds
+# long-test: (seven of ten seeds run) rank-1 EWC against GD there, on ten new seeds
 $(call study,long-test,long-chain,lam,210 211 212 213 214 215 216 217 218 219,\
   $(patsubst %,long/%+replay-per-class=50,gd rank1+lam=300))
 # long-diagonal: (not run yet) which lambda of the diagonal there, on the seeds of the pilot
