@@ -690,14 +690,18 @@ def refuse_unfit(data: Data) -> None:
             raise ValueError(f"{kind} images must be a Tensor torch.uint8 (N, C, H, H), not {told(x)}")
         if not (torch.is_tensor(y) and y.dtype == torch.int64 and y.ndim == 1):
             raise ValueError(f"{kind} labels must be a Tensor torch.int64 (N,), not {told(y)}")
-        if not 0 < len(x) == len(y):
-            raise ValueError(f"there are {len(x)} {kind} images and {len(y)} {kind} labels")
+        if not (x.numel() and len(x) == len(y)):
+            raise ValueError(f"{kind} images are {told(x)}, and there are {len(y)} {kind} labels")
+        if y.min() < 0:
+            raise ValueError(f"{kind} labels must be 0, 1, 2, .., not {int(y.min())}")
     if data.x.shape[1:] != data.test_x.shape[1:]:
         raise ValueError(f"training images are {told(data.x)}, test images {told(data.test_x)}")
+    if torch.equal(data.x, data.test_x):
+        raise ValueError("the test images are the training images")
     classes = int(max(data.y.max(), data.test_y.max())) + 1
     for kind, _, y in parts:
-        counts = y.clamp(min=0).bincount(minlength=classes)
-        if y.min() < 0 or counts.min() < 2:  # an FID needs two images
+        counts = y.bincount(minlength=classes)
+        if counts.min() < 2:  # an FID needs two images
             few = f"label {int(counts.argmin())} stands at {int(counts.min())} {kind} images"
             raise ValueError(f"labels must be 0, 1, 2, .., each at two images or more, but {few}")
 
@@ -706,15 +710,16 @@ def digest(data: Data) -> str:
     """12 hex digits that say which images and labels these are."""
     sha = hashlib.sha256()
     for v in data:
-        sha.update(v.contiguous().numpy())
+        sha.update(v.cpu().contiguous().numpy())
     return sha.hexdigest()[:12]
 
 
 def load_data(name: str, data_dir: Path) -> Data:
     """A dataset, sorted by class. Stops if it cannot be read, or its images and labels do not fit together."""
     load, files = LOADERS[name]
-    with or_stop(f"{name} cannot be used", f"get {data_dir / files}, or name another --data-dir"):
-        data = load(data_dir)
+    advice = f"get {data_dir / files}, or name another --data-dir" if files else "look at its loader"
+    with or_stop(f"{name} cannot be used", advice):
+        data = Data(*load(data_dir))
         refuse_unfit(data)
     order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
     data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
@@ -756,7 +761,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.no_grad()
 def in_parts(network: Callable, images: Tensor, device: torch.device) -> np.ndarray:
-    return torch.cat([network(part.to(device)).float().cpu() for part in images.split(200)]).numpy()
+    found = torch.cat([network(part.to(device)).float().cpu() for part in images.split(200)]).numpy()
+    if not np.isfinite(found).all():
+        stop("the FID's network gives features that are not finite: get or make its weights anew")
+    return found
 
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
@@ -793,7 +801,7 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     with or_stop(f"{path} is damaged", "remove it, and it is made again"):
         model.load_state_dict(load_whole(path, device))
     right = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1) == data.test_y.numpy()
-    print(f"FID features: a classifier of {name}, {right.mean():.1%} right on its test images")
+    print(f"A small classifier of {name} is right on {right.mean():.1%} of its test images")
     chance = 1 / len(model[-1].bias)
     if right.mean() < chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
         stop(f"no better than chance, {chance:.1%}: do these labels of {name} belong to these images?")
@@ -803,8 +811,12 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
 def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
     """The features that --fid names; cfg.fid_features becomes what they are called in result.json."""
     if cfg.fid == "inception":
+        if data.x.shape[1] not in (1, 3):
+            stop(f"Inception takes 1 or 3 channels, not {data.x.shape[1]}: --fid classifier")
         cfg.fid_features = "inception, legacy_tensorflow"
-        return inception_features(device)
+        features = inception_features(device)
+        classifier_features(cfg.dataset, data, device)  # stops where labels do not belong to their images
+        return features
     cfg.fid_features = f"{cfg.dataset}-classifier"
     return classifier_features(cfg.dataset, data, device)
 
@@ -922,11 +934,14 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_whole(path: Path, device: torch.device) -> dict:
-    """What torch.save wrote. ValueError if a byte of it has changed, which torch.load does not see."""
+    """What torch.save wrote. ValueError: a byte of it has changed, or a weight that it holds is not finite."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # compares the checksums
             raise ValueError(f"{damaged} in it has changed")
-    return torch.load(path, map_location=device, weights_only=True)
+    content = torch.load(path, map_location=device, weights_only=True)
+    if not all(v.isfinite().all() for v in content.values() if torch.is_tensor(v)):
+        raise ValueError("a weight in it is not finite")
+    return content
 
 
 # ---- theta: the weights that are not frozen, as one vector, in the order of model.parameters().
@@ -1207,7 +1222,8 @@ def steps_of(cfg: Settings, task: Data) -> tuple[int, int]:
     n, parts = len(task.y), world() * cfg.accumulate
     size = min(cfg.batch_size, n)
     if size % parts:
-        must = f"must be a multiple of {parts} (processes x --accumulate), and at most a task's {n} images"
+        task_of = f"the {n} images of the task of classes {int(task.y.min())} to {int(task.y.max())}"
+        must = f"must be a multiple of {parts} (processes x --accumulate), and at most {task_of}"
         stop(f"--batch-size {cfg.batch_size} {must}")
     return size, cfg.epochs * (n // size)
 
@@ -1251,6 +1267,8 @@ def load_checkpoint(cfg: Settings, state: State) -> None:
         with or_stop(f"{path} is damaged, or of another version of this script", "remove it or give --fresh"):
             saved = load_whole(path, device)
             refuse_other(saved.pop("settings"), saved.pop("script"), cfg, path)
+            if not 0 <= saved["task"] == len(saved["fid"]) <= cfg.tasks or saved.keys() - vars(state).keys():
+                raise ValueError("its parts do not belong together")
             if saved["data"] != state.data:
                 stop(f"{path} is of other images or labels: --fresh starts over, --out names another folder")
             state.task = saved["task"]
@@ -1433,7 +1451,7 @@ def main(argv: list[str] | None = None) -> dict:
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(result["config"], result.get("script"), cfg, finished)
-            told = f"{finished} holds a finished run (--fresh starts it over)"
+            told = f"{finished} holds a finished run, its images were not read again (--fresh starts it over)"
         else:
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
             with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():

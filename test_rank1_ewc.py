@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -906,7 +907,7 @@ def test_classifier_is_good_trained_once_and_a_damaged_file_of_it_refused(tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = r.load_data("digits", tmp_path)
     features = [r.classifier_features("digits", data, CPU)(data.test_x[:20])]
-    assert float(capsys.readouterr().out.split(", ")[1].split("%")[0]) > 95  # of the test images, right
+    assert float(re.search(r"right on ([\d.]+)% of its test images", capsys.readouterr().out)[1]) > 95
     (file,) = (tmp_path / "cache/rank1_ewc").iterdir()
     written = file.stat().st_mtime_ns
     features += [r.classifier_features("digits", data, CPU)(data.test_x[:20])]
@@ -1086,6 +1087,11 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
     if file == "checkpoint.pt":  # zeros in it, which torch.load does not see
         parts = [len(whole) * share // 12 for share in range(1, 12)]
         cases += [(whole[:i] + bytes(200) + whole[i + 200 :], "--lam=10", "damaged") for i in parts]
+    if file == "checkpoint.pt":  # its parts, which do not belong together
+        saved = torch.load(path.parents[1] / "whole" / file, weights_only=True)
+        for wrong in ({"task": 7}, {"task": -1}, {"fid": saved["fid"][1:]}, {"other": 0}):
+            torch.save(saved | wrong, path)
+            cases += [(path.read_bytes(), "--lam=10", "damaged belong together")]
     if file == "result.json":
         cases += [(whole.replace(b'"afid": [', b'"afid": [NaN, '), "--lam=10", "damaged NaN")]
     retired = whole.replace(b'"lam": 10.0, "fish', b'"form": "other", "lam": 10.0, "fish')
@@ -1723,6 +1729,21 @@ def test_a_finished_runs_model_generates_images_of_the_classes_that_are_asked_fo
     assert_refused(capsys, "model.pt is missing", "--sample", run, "--classes", "3", main=report.main)
 
 
+@pytest.mark.slow
+def test_a_model_whose_weights_are_not_finite_or_that_learned_other_images_is_not_looked_at(
+    finished, tmp_path, capsys, monkeypatch
+):
+    run, (load, files) = shutil.copytree(finished(), tmp_path / "run"), r.LOADERS["digits"]
+    with monkeypatch.context() as patch:
+        patch.setitem(r.LOADERS, "digits", (lambda _: load(_)._replace(x=load(_).x.flip(3)), files))
+        assert_refused(capsys, f"{run} other images --data-dir", "1", run, main=geometry.main)
+    weights = torch.load(run / "model.pt", weights_only=True)
+    weights["conv_in.bias"][0] = math.nan
+    torch.save(weights, run / "model.pt")
+    assert_refused(capsys, "model.pt not finite", "--sample", run, "--classes", "3", main=report.main)
+    assert_refused(capsys, "model.pt not finite", "1", run, main=geometry.main)
+
+
 def test_a_text_includes_the_tables_as_their_files_now_are():
     Path("table.md").write_text("| new ± |\n", encoding="utf-8")
     text = 2 * "before\n<!-- include: table.md -->\n{}<!-- end -->\nafter\n"
@@ -1845,7 +1866,7 @@ REFUSED = [
     "--tasks=3 | --tasks 3 10 divisor",
     "--channels=8,12 | --channels multiples of 8",
     "--channels=8,8,8,8 | --channels levels 8x8",
-    "--batch-size=10 --accumulate=3 | --batch-size 10 3",
+    "--batch-size=10 --accumulate=3 | --batch-size 10 3 images classes 0 to 1",
     "--out=/dev/null/out | /dev/null/out written",
     "--lr=1e12 | task 1 finite epoch --lr 1e+12 --lam",
 ]
@@ -1867,11 +1888,13 @@ UNFIT = [  # what a loader returns in the place of parts of GOOD, and the words 
     ({"y": [*GOOD.y]}, "training labels Tensor int64 list"),
     ({"y": GOOD.y[:, None].expand(-1, 8)}, "training labels (N,) (40, 8)"),  # as QMNIST's are
     ({"test_y": GOOD.test_y.float()}, "test labels torch.int64 torch.float32"),
-    ({"y": GOOD.test_y}, "40 training images 20 training labels"),
-    ({"test_x": GOOD.x[:0], "test_y": GOOD.y[:0]}, "0 test images 0 test labels"),
+    ({"y": GOOD.test_y}, "training images (40, 1, 8, 8) 20 training labels"),
+    ({"test_x": GOOD.x[:0], "test_y": GOOD.y[:0]}, "test images (0, 1, 8, 8) 0 test labels"),
+    ({"x": GOOD.x[:, :0]}, "training images (40, 0, 8, 8)"),
+    ({"test_x": GOOD.x, "test_y": GOOD.y}, "test images are the training images"),
     ({"test_x": GOOD.test_x[..., 4:, 4:]}, "training images (40, 1, 8, 8) test images (20, 1, 4, 4)"),
     ({"y": GOOD.y + 1, "test_y": GOOD.test_y + 1}, "label 0 0 training images"),
-    ({"y": GOOD.y - 1}, "labels must be 0, 1, 2"),
+    ({"y": GOOD.y - 1}, "training labels must be 0, 1, 2 not -1"),
     ({"test_y": GOOD.test_y.clamp(max=8)}, "label 9 0 test images"),
 ]
 
@@ -1881,15 +1904,29 @@ def test_images_and_labels_that_do_not_fit_together_are_refused_with_what_was_fo
     capsys, monkeypatch, tmp_path, wrong, words
 ):
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: GOOD._replace(**wrong), ""))
-    assert_refused(capsys, f"digits {words} --data-dir", *QUICK, "--out", tmp_path)
+    assert_refused(capsys, f"digits {words} loader", *QUICK, "--out", tmp_path)
 
 
-def test_a_classifier_no_better_than_chance_stops_the_run(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("fid", ["classifier", "inception"])
+def test_a_classifier_no_better_than_chance_stops_the_run(capsys, monkeypatch, tmp_path, fid):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(r, "inception_features", Mock())
     data = r.load_digits(tmp_path)
     shuffled = data._replace(test_y=data.test_y[torch.randperm(800, generator=generator())])
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: shuffled, ""))
-    assert_refused(capsys, "chance 10.0% labels digits", *QUICK, "--out", tmp_path / "run")
+    argv = f"--fid={fid}", "--out", tmp_path / "run"
+    assert_refused(capsys, "chance 10.0% labels digits", *QUICK, *argv)
+
+
+def test_inception_is_not_given_images_of_four_channels(capsys, monkeypatch, tmp_path):
+    four = r.Data(*(v.expand(-1, 4, -1, -1) if v.ndim == 4 else v for v in GOOD))
+    monkeypatch.setitem(r.LOADERS, "digits", (lambda _: four, ""))
+    assert_refused(capsys, "1 or 3 channels 4 --fid", *QUICK, "--fid=inception", "--out", tmp_path / "run")
+
+
+def test_features_that_are_not_finite_are_refused_with_where_they_come_from(capsys):
+    broken = lambda _: r.in_parts(lambda images: images / 0, torch.ones(3, 1, 8, 8), CPU)
+    assert_refused(capsys, "FID's network not finite weights", main=broken)
 
 
 def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):

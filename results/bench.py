@@ -681,7 +681,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Print a line for each piece of work, write them, and return them by name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--small", action="store_true", help="small sizes, no short runs: to try it")
-    parser.add_argument("--to", type=Path, help="folder to write into (default: results/pages/cost)")
+    parser.add_argument("--to", type=r.folder, help="folder to write into (default: results/pages/cost)")
     parser.add_argument("--growth", action="store_true", help="what more tasks cost, and nothing else")
     parser.add_argument("--tricks", action="store_true", help="what makes a GPU faster, and nothing else")
     parser.add_argument("--minutes", type=float, default=60, help="after so many no row of --tricks begins")

@@ -426,7 +426,7 @@ def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: st
     if seeds[0] != seeds[1] or not 1 < len(seeds[0]) == len({*seeds[0]}):
         r.stop(f"both rows must have the same seeds, two at least, a run each: not {seeds[0]} and {seeds[1]}")
     (cfg, _, data), fid = rows[0][0], {}
-    features = r.fid_features(cfg, data, data.x.device)
+    features = r.fid_features(cfg, data.to(torch.device("cpu")), data.x.device)
     for of, row in zip((ours, base), rows):
         name = f"{of['method']} --lam {of['lam']:g}" if of["lam"] else of["method"]
         fid[name] = np.array([relearn(*run, features) for run in r.progress(row, name, unit="run")])
@@ -453,19 +453,19 @@ def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Mod
     if not (run / "result.json").exists():
         r.stop(f"{run} holds no finished run (result.json): name another, or train it with --out {run}")
     paper = {name: row[0] for name, row in r.SETTINGS.items()}  # for what an older result.json lacks
-    config = r.read_result(run / "result.json")["config"]
-    cfg = r.Settings(**paper | config | {"data_dir": data_dir, "device": device})
+    result = r.read_result(run / "result.json")
+    cfg = r.Settings(**paper | result["config"] | {"data_dir": data_dir, "device": device})
     data = load_data(cfg)
-    try:
-        model = r.new_state(cfg, data, data.x.device).model.eval()
-        model.load_state_dict(r.load_whole(run / "model.pt", torch.device("cpu")))
-    except r.DAMAGED as error:
-        broken = f"{run / 'model.pt'} is missing, damaged or of another network ({type(error).__name__})"
-        r.stop(f"{broken}: train it anew with --out {run} --fresh, or name another run")
-    return cfg, model, data
+    state = r.new_state(cfg, data, data.x.device)
+    if state.data != result.get("data", state.data):
+        r.stop(f"{run} is of other images or labels than those in {data_dir}: name another --data-dir")
+    broken = f"{run / 'model.pt'} is missing, damaged or of another network"
+    with r.or_stop(broken, f"train it anew with --out {run} --fresh, or name another run"):
+        state.model.load_state_dict(r.load_whole(run / "model.pt", torch.device("cpu")))
+    return cfg, state.model.eval(), data
 
 
-def save(name: str, figure: Figure, **texts: str) -> None:
+def save(name: str | Path, figure: Figure, **texts: str) -> None:
     """Write NAME.png, and each text with its ending."""
     with r.whole(Path(f"{name}.png")) as file:
         figure.savefig(file, dpi=120)
@@ -481,11 +481,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m results.geometry", description=summary)
     parser.error = r.stop
     parser.add_argument("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="folder of a finished run; or:")
+    parser.add_argument("runs", metavar="RUN", type=r.folder, nargs="*", help="folder of a finished run; or:")
     parser.add_argument("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
-    parser.add_argument("--against", metavar="RUN", type=Path, nargs="+", help="the other row, of relearning")
-    parser.add_argument("--to", metavar="NAME", help="of the files (default: runs/figure1-<dataset>, ..)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where the datasets are")
+    parser.add_argument(
+        "--against", metavar="RUN", type=r.folder, nargs="+", help="the other row, of relearning"
+    )
+    parser.add_argument(
+        "--to", metavar="NAME", type=r.folder, help="of the files (default: runs/figure1-<dataset>, ..)"
+    )
+    parser.add_argument("--data-dir", type=r.folder, default=Path("data"), help="where the datasets are")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. or mps")
     args = parser.parse_args(argv)
     if args.figure == "relearning":

@@ -446,13 +446,11 @@ def plot_lines(lines: pd.DataFrame, over: str, path: Path) -> None:
 def sample(run: Path, classes: Sequence[int], to: Path) -> None:
     """Let the model of a finished run generate ten images of each class, a row a class, into a PNG."""
     config = r.read_result(run / "result.json")["config"]
-    try:
+    with r.or_stop(f"{run / 'model.pt'} is missing or damaged", "train it with --fresh"):
         weights = r.load_whole(run / "model.pt", torch.device("cpu"))
         num_classes, in_channels = len(weights["class_embedding.weight"]), weights["conv_in.weight"].shape[1]
         model = r.UNet(in_channels, num_classes, config["channels"], config["layers_per_block"]).eval()
         model.load_state_dict(weights)
-    except r.DAMAGED as error:
-        r.stop(f"{run / 'model.pt'} is missing or damaged ({type(error).__name__}): train it with --fresh")
     for c in {*classes} - {*range(num_classes)}:
         r.stop(f"--classes {c}: {run} has learned the classes 0 to {num_classes - 1}")
     size, y = 8 if config["dataset"] == "digits" else 32, torch.tensor(classes).repeat_interleave(10)
