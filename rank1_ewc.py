@@ -877,12 +877,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "cuda_graph": (None, bool, None, "start all kernels of a step at once (default: on GPUs with CUDA)"),
     "device": ("auto", str, None, "auto, cpu, cuda, cuda:1, .. or mps"),
     "data_dir": (Path("data"), folder, None, "where the datasets are, or are downloaded to"),
-    "out": (
-        None,
-        folder,
-        None,
-        "folder for the results (default: one in runs/, with --small in runs-small/)",
-    ),
+    "out": (None, folder, None, "folder for the results (default: in runs/, with --small in runs-small/)"),
     "fresh": (False, bool, None, "start over and delete the run in --out"),
 }
 # Settings that may differ when a stopped run is continued: they change rounding and dropout's draws alone.
