@@ -37,6 +37,7 @@ import io
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -261,6 +262,8 @@ class Rank1Penalty(Penalty):
     def add(self, fisher: tuple[Tensor, Tensor], weights: nn.Module | Tensor) -> dict[str, float]:
         mu, theta_star = copies(self, fisher[0], weights)
         c_star = torch.as_tensor(fisher[1]).to(mu, copy=True).reshape(())
+        if not 0 <= c_star < math.inf:
+            raise ValueError(f"c* must be a number from 0 on, not {c_star}")
         if self.origin is None:
             self.mu, self.c_star, self.offset = mu.new_empty(0, len(mu)), mu[:0], mu[:0]
             self.origin = theta_star
@@ -669,7 +672,7 @@ def load_imagenet32(data_dir: Path) -> Data:
     return Data(*map(torch.cat, zip(*parts[:-1])), *parts[-1])
 
 
-PUBLISHED = {"digits": "aa07cdaa662c", "fashion": "b46905128f67"}  # their digests, of the data as published
+PUBLISHED = {"aa07cdaa662c": "digits", "b46905128f67": "fashion"}  # digests of the data as published
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
 LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
@@ -692,12 +695,15 @@ def refuse_unfit(data: Data) -> None:
             raise ValueError(f"{kind} labels must be a Tensor torch.int64 (N,), not {told(y)}")
         if not (x.numel() and len(x) == len(y)):
             raise ValueError(f"{kind} images are {told(x)}, and there are {len(y)} {kind} labels")
-        if y.min() < 0:
-            raise ValueError(f"{kind} labels must be 0, 1, 2, .., not {int(y.min())}")
+        if y.min() < 0 or y.max() >= len(y):
+            raise ValueError(f"{kind} labels must be 0, 1, 2, .., not {int(y.min())} to {int(y.max())}")
     if data.x.shape[1:] != data.test_x.shape[1:]:
         raise ValueError(f"training images are {told(data.x)}, test images {told(data.test_x)}")
-    if torch.equal(data.x, data.test_x):
-        raise ValueError("the test images are the training images")
+    # A number for each image, exact as it is an integer below 2^53: equal images have equal numbers.
+    weights = torch.randint(2**31, (data.x[0].numel(),), generator=rng(data.x.device, "images")).double()
+    numbers = lambda x: torch.cat([part.flatten(1).double() @ weights for part in x.split(1000)])
+    if (share := torch.isin(numbers(data.test_x), numbers(data.x)).double().mean()) > 0.5:
+        raise ValueError(f"{share:.0%} of the test images are training images")
     classes = int(max(data.y.max(), data.test_y.max())) + 1
     for kind, _, y in parts:
         counts = y.bincount(minlength=classes)
@@ -723,8 +729,10 @@ def load_data(name: str, data_dir: Path) -> Data:
         refuse_unfit(data)
     order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
     data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
-    if digest(data) != PUBLISHED.get(name, digest(data)):
-        print(f"note: these images or labels are not those that were published as {name}")
+    known = PUBLISHED.get(digest(data))
+    if known != (name if name in PUBLISHED.values() else None):
+        told = f"those of {known}" if known else "not those that were published under that name"
+        print(f"note: the images and labels of {name} are {told}")
     return data
 
 
@@ -785,7 +793,8 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     layers = [nn.Conv2d(data.x.shape[1], 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU()]
     layers += [nn.Flatten(), nn.Linear(64 * math.ceil(data.x.shape[2] / 4) ** 2, 64), nn.SiLU()]
     model = nn.Sequential(*layers, nn.Linear(64, int(data.y.max()) + 1)).to(device)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    with or_stop("no home folder for the FID's classifier", "set XDG_CACHE_HOME to one"):
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(cache, "rank1_ewc", f"classifier-{name}-{digest(data)}.pt")
     if not path.exists():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -803,7 +812,7 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
     right = in_parts(lambda v: model(to_float(v)), data.test_x, device).argmax(1) == data.test_y.numpy()
     print(f"A small classifier of {name} is right on {right.mean():.1%} of its test images")
     chance = 1 / len(model[-1].bias)
-    if right.mean() < chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
+    if right.mean() <= chance + 2 * math.sqrt(chance * (1 - chance) / len(right)):
         stop(f"no better than chance, {chance:.1%}: do these labels of {name} belong to these images?")
     return lambda images: in_parts(lambda v: model[:-1](to_float(v)), images, device)
 
@@ -847,7 +856,7 @@ def numbers(text: str) -> list[int]:
 
 
 def folder(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # unlike Path's, it takes a user that there is not
 
 
 COUNT = (1, 10**7)
@@ -933,7 +942,10 @@ def load_whole(path: Path, device: torch.device) -> dict:
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # compares the checksums
             raise ValueError(f"{damaged} in it has changed")
-    content = torch.load(path, map_location=device, weights_only=True)
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:  # whose words would advise to load it all the same
+        raise ValueError("it holds more than numbers") from None
     if not all(v.isfinite().all() for v in content.values() if torch.is_tensor(v)):
         raise ValueError("a weight in it is not finite")
     return content
@@ -1255,9 +1267,11 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 def load_checkpoint(cfg: Settings, state: State) -> None:
     """The state becomes that of checkpoint.pt, if there is one. With --fresh the old run is deleted."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
-    for name in ("result.json", "checkpoint.pt", "model.pt"):
-        if cfg.fresh and rank() == 0:
-            (cfg.out / name).unlink(missing_ok=True)
+    for name in ("result.json", "checkpoint.pt", "model.pt", "samples-task*.png"):
+        for old in cfg.out.glob(name) if cfg.fresh and rank() == 0 else ():
+            old.unlink()
+    if (cfg.out / "model.pt").exists() and not path.exists() and not cfg.fresh:
+        stop(f"{cfg.out / 'model.pt'} is not of a run of this script: name another folder with --out")
     if path.exists() and not cfg.fresh:
         with or_stop(f"{path} is damaged, or of another version of this script", "remove it or give --fresh"):
             saved = load_whole(path, device)
@@ -1301,7 +1315,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_result(path: Path) -> dict:
-    with or_stop(f"{path} is damaged", "remove it, or start its run over with --fresh"):
+    with or_stop(f"{path} is damaged or closed", "remove it, or start its run over with --fresh"):
         result = json.loads(path.read_text(), parse_constant=int)  # int("NaN") is an error, as it should be
         result["config"], table(result)  # fails if anything of this is missing
     return result
@@ -1374,13 +1388,18 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         text = text if value is None or value is False else f"{text} ({value})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, value in given.items():
-        _, kind, limits, _ = SETTINGS[name]
-        values = value if kind is numbers else [value] if kind in (int, float) else []
-        if not all(limits[0] <= v <= limits[1] for v in values):
-            stop(f"--{name.replace('_', '-')} must be from {limits[0]:g} to {limits[1]:g}, not {value}")
     settings = {name: row[0] for name, row in SETTINGS.items()}
-    settings |= DATASETS[given.get("dataset", settings["dataset"])]
+    dataset = given.get("dataset", settings["dataset"])
+    settings |= DATASETS[dataset]
+    for name, value in (settings | given).items():
+        if name not in SETTINGS:
+            stop(f"DATASETS[{dataset!r}]: no setting is called {name}")
+        _, kind, limits, _ = SETTINGS[name]
+        values = value if kind is numbers else [value] if kind in (int, float) and value is not None else []
+        if not all(type(v) in (int, kind) and limits[0] <= v <= limits[1] for v in values):
+            stop(f"--{name.replace('_', '-')} must be from {limits[0]:g} to {limits[1]:g}, not {value!r}")
+        if kind is str and limits and value not in limits:
+            stop(f"--{name.replace('_', '-')} must be one of {', '.join(limits)}, not {value!r}")
     small = given.get("small") and settings["channels"] != DIGITS["channels"]  # digits are small
     settings |= SMALL if small else {}
     if "limit" in given:
@@ -1446,7 +1465,7 @@ def main(argv: list[str] | None = None) -> dict:
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(result["config"], result.get("script"), cfg, finished)
-            told = f"{finished} holds a finished run, its images were not read again (--fresh starts it over)"
+            told = f"{finished} holds a finished run; no images were read (--fresh starts it over)"
         else:
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
             with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():

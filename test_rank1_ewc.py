@@ -544,6 +544,7 @@ def test_weights_that_changed_since_the_last_task_and_fishers_of_others_are_refu
     cases = [(penalty, (grown,), by_name), (penalty.drift, (grown,), by_name)]
     cases += [(penalty.add, ((others, 1.0), grown), by_name), (penalty, (others,), "the penalty holds")]
     cases += [(new.add, (others, model), "trainable"), (new.add, (ours * math.nan, model), "not finite")]
+    cases += [(penalty.add, ((ours, c_star), model), "from 0 on") for c_star in (-1.0, math.inf, math.nan)]
     for call, arguments, words in cases:
         with pytest.raises(ValueError, match=words):
             call(*arguments)
@@ -822,11 +823,11 @@ def test_tasks_hold_every_class_once_in_label_order():
     assert parts[0].x.untyped_storage().data_ptr() == parts[1].x.untyped_storage().data_ptr()  # views
 
 
-def pictures(labels, channels, size=32):
-    """Images (N, channels, size, size) uint8, in which each number says its label, channel, row and column."""
+def pictures(labels, channels, size=32, test=False):
+    """Images (N, channels, size, size) uint8: each number says its label, channel, row, column and split."""
     rows, columns = np.indices((size, size))
     place = 50 * np.arange(channels)[:, None, None] + 3 * rows + 2 * columns
-    return (7 * np.asarray(labels)[:, None, None, None] + place).astype(np.uint8)
+    return (7 * np.asarray(labels)[:, None, None, None] + place + 99 * test).astype(np.uint8)
 
 
 def write_idx(folder):
@@ -834,7 +835,8 @@ def write_idx(folder):
     folder.mkdir(parents=True)
     for split, n in (("train", 600), ("t10k", 100)):
         labels = np.arange(n, dtype=np.uint8) % 10
-        for name, content in (("images-idx3", pictures(labels, 1, 28)[:, 0]), ("labels-idx1", labels)):
+        images = pictures(labels, 1, 28, split == "t10k")[:, 0]
+        for name, content in (("images-idx3", images), ("labels-idx1", labels)):
             head = np.array([0x800 + content.ndim, *content.shape], ">i4")
             (folder / f"{split}-{name}-ubyte").write_bytes(head.tobytes() + content.tobytes())
 
@@ -844,7 +846,8 @@ def write_cifar10(folder, monkeypatch):
     folder.mkdir()
     files, labels = {"batches.meta": {"label_names": ["any"] * 10}}, [*range(9, -1, -1)] * 2
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
-        files[name] = {"data": pictures(labels, 3).reshape(20, 3072), "labels": labels}
+        images = pictures(labels, 3, test=name == "test_batch")
+        files[name] = {"data": images.reshape(20, 3072), "labels": labels}
     for name, content in files.items():
         (folder / name).write_bytes(pickle.dumps(content))
     md5 = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in files]
@@ -858,7 +861,8 @@ def write_npz(folder):
     folder.mkdir(parents=True)
     for i, name in enumerate([*(f"train_data_batch_{k}.npz" for k in range(1, 11)), "val_data.npz"]):
         labels = np.random.default_rng(i).permutation(44) % 20
-        np.savez(folder / name, data=pictures(labels, 3).reshape(44, 3072), labels=labels + 1)
+        images = pictures(labels, 3, test=name == "val_data.npz")
+        np.savez(folder / name, data=images.reshape(44, 3072), labels=labels + 1)
 
 
 SETS = [("mnist", 1, 10, 600, 100), ("fashion", 1, 10, 600, 100), ("cifar10", 3, 10, 100, 20)]
@@ -877,7 +881,7 @@ def test_a_datasets_files_are_read_as_32x32_pixels_class_after_class(tmp_path, m
     for x, y in (data[:2], data[2:]):
         assert y.equal(y.sort().values) and y.unique().equal(torch.arange(classes))
         pad = 2 if channels == 1 else 0
-        expected = torch.from_numpy(pictures(y, channels, 32 - 2 * pad))
+        expected = torch.from_numpy(pictures(y, channels, 32 - 2 * pad, test=x is data.test_x))
         assert x.equal(functional.pad(expected, 4 * (pad,)))
 
 
@@ -1070,11 +1074,15 @@ def test_a_finished_run_given_again_prints_its_result_and_does_nothing(tiny, tmp
     assert contents(tmp_path / "run") == before
 
 
-def test_fresh_starts_over_another_seed_gives_another_result_and_the_old_one_does_not_outlive_it(tiny):
+def test_fresh_starts_over_another_seed_gives_another_result_and_the_old_one_does_not_outlive_it(
+    tiny, tmp_path
+):
     first, _ = tiny("--seed=1")
     interrupted(tiny, "train_step", 2, "--seed=2", "--fresh")
     second, _ = tiny("--seed=2")
     assert (first["seed"], second["seed"]) == (1, 2) and first["fid"] != second["fid"]
+    tiny("--method=joint", "--fresh")
+    assert [path.name for path in (tmp_path / "run").glob("samples*")] == ["samples-task5.png"]
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pt", "result.json"])
@@ -1089,9 +1097,10 @@ def test_a_file_of_other_settings_or_a_damaged_one_is_refused_and_kept(tiny, tmp
         cases += [(whole[:i] + bytes(200) + whole[i + 200 :], "--lam=10", "damaged") for i in parts]
     if file == "checkpoint.pt":  # its parts, which do not belong together
         saved = torch.load(path.parents[1] / "whole" / file, weights_only=True)
-        for wrong in ({"task": 7}, {"task": -1}, {"fid": saved["fid"][1:]}, {"other": 0}):
+        for wrong in ({"task": 7}, {"task": -1}, {"fid": saved["fid"][1:]}, {"other": 0}, {"other": Mock}):
             torch.save(saved | wrong, path)
-            cases += [(path.read_bytes(), "--lam=10", "damaged belong together")]
+            words = "more than numbers" if Mock in wrong.values() else "belong together"
+            cases += [(path.read_bytes(), "--lam=10", f"damaged {words}")]
     if file == "result.json":
         cases += [(whole.replace(b'"afid": [', b'"afid": [NaN, '), "--lam=10", "damaged NaN")]
     retired = whole.replace(b'"lam": 10.0, "fish', b'"form": "other", "lam": 10.0, "fish')
@@ -1115,6 +1124,12 @@ def test_a_run_goes_on_with_the_same_images_alone_and_its_result_says_which(tiny
         patch.setitem(r.LOADERS, "digits", (other, files))
         assert_refused(capsys, "checkpoint.pt other images --fresh", *TINY, "--out", tmp_path / "run")
     assert tiny()[0]["data"] == r.digest(r.load_data("digits", tmp_path))
+
+
+def test_a_model_that_is_not_of_a_run_is_not_overwritten(capsys, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"the user's own")
+    assert_refused(capsys, f"{tmp_path}/model.pt --out", *TINY, "--out", tmp_path)
+    assert contents(tmp_path)["model.pt"] == b"the user's own"
 
 
 def test_weights_and_samples_that_are_not_finite_stop_a_run(tiny, monkeypatch, capsys, tmp_path):
@@ -1878,7 +1893,7 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it_and_says_what_woul
     assert_refused(capsys, words or argv.replace("=", " "), *argv.split())
 
 
-GOOD = r.Data(*small_images(40), *small_images(20))
+GOOD = r.Data(*small_images(40), 255 - small_images(20)[0], small_images(20)[1])
 UNFIT = [  # what a loader returns in the place of parts of GOOD, and the words that say so
     ({"x": GOOD.x.float() / 255}, "training images uint8 Tensor torch.float32 (40, 1, 8, 8)"),
     ({"test_x": GOOD.test_x.long()}, "test images uint8 Tensor torch.int64"),
@@ -1891,10 +1906,11 @@ UNFIT = [  # what a loader returns in the place of parts of GOOD, and the words 
     ({"y": GOOD.test_y}, "training images (40, 1, 8, 8) 20 training labels"),
     ({"test_x": GOOD.x[:0], "test_y": GOOD.y[:0]}, "test images (0, 1, 8, 8) 0 test labels"),
     ({"x": GOOD.x[:, :0]}, "training images (40, 0, 8, 8)"),
-    ({"test_x": GOOD.x, "test_y": GOOD.y}, "test images are the training images"),
+    ({"test_x": GOOD.x.flip(0), "test_y": GOOD.y.flip(0)}, "100% test images are training images"),
     ({"test_x": GOOD.test_x[..., 4:, 4:]}, "training images (40, 1, 8, 8) test images (20, 1, 4, 4)"),
     ({"y": GOOD.y + 1, "test_y": GOOD.test_y + 1}, "label 0 0 training images"),
-    ({"y": GOOD.y - 1}, "training labels must be 0, 1, 2 not -1"),
+    ({"y": GOOD.y - 1}, "training labels must be 0, 1, 2 not -1 to 8"),
+    ({"test_y": GOOD.test_y + 10**9}, "test labels must be 0, 1, 2 not 1000000000 to 1000000009"),
     ({"test_y": GOOD.test_y.clamp(max=8)}, "label 9 0 test images"),
 ]
 
@@ -1927,6 +1943,32 @@ def test_inception_is_not_given_images_of_four_channels(capsys, monkeypatch, tmp
 def test_features_that_are_not_finite_are_refused_with_where_they_come_from(capsys):
     broken = lambda _: r.in_parts(lambda images: images / 0, torch.ones(3, 1, 8, 8), CPU)
     assert_refused(capsys, "FID's network not finite weights", main=broken)
+
+
+ROWS = {
+    '{"learning_rate": 1}': "DATASETS['digits'] learning_rate",
+    '{"lr_decay": "cosine"}': "--lr-decay none, linear 'cosine'",
+    '{"tasks": "2"}': "--tasks '2'",
+    '{"lam": -5.0}': "--lam from 0 -5.0",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_datasets_own_row_is_examined_as_the_command_line_is(capsys, monkeypatch, row):
+    monkeypatch.setitem(r.DATASETS, "digits", r.DIGITS | json.loads(row))
+    assert_refused(capsys, ROWS[row], "--epochs=1")
+
+
+def test_the_images_of_another_dataset_are_noted(capsys, monkeypatch, tmp_path):
+    load, files = r.LOADERS["digits"]
+    r.load_data("digits", tmp_path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setitem(r.LOADERS, "mnist", (load, files))
+    monkeypatch.setitem(r.LOADERS, "digits", (lambda _: load(_)._replace(x=load(_).x.flip(3)), files))
+    r.load_data("mnist", tmp_path)
+    assert "mnist are those of digits" in capsys.readouterr().out
+    r.load_data("digits", tmp_path)
+    assert "digits are not those that were published" in capsys.readouterr().out
 
 
 def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):
