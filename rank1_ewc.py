@@ -78,7 +78,12 @@ def alphas_cumprod(device: torch.device) -> Tensor:
 
 
 def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x0, eps (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x0, eps (B, C, H, W), t (B,) -> (B, C, H, W).
+
+    ValueError: x0 are not floats, but perhaps still uint8.
+    """
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 must be floats in -1..1, not {x0.dtype}: to_float(images)")
     abar = alphas_cumprod(x0.device)[t][:, None, None, None]
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
@@ -111,7 +116,9 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
     for t in range((steps - 1) * stride, -1, -stride):
-        eps = predict_noise(model, x, torch.full_like(y, t), y).float()  # with --bf16 it comes as bfloat16
+        eps = predict_noise(
+            model, x, torch.full((len(y),), t, device=y.device), y
+        ).float()  # with --bf16 it comes as bfloat16
         x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
         abar_next = abar[t - stride] if t else torch.ones_like(abar[0])
         x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
@@ -672,7 +679,8 @@ def load_imagenet32(data_dir: Path) -> Data:
     return Data(*map(torch.cat, zip(*parts[:-1])), *parts[-1])
 
 
-PUBLISHED = {"aa07cdaa662c": "digits", "b46905128f67": "fashion"}  # digests of the data as published
+PUBLISHED = dict.fromkeys(("mnist", "cifar10", "imagenet32"))  # the digests of what was published, if known
+PUBLISHED |= {"digits": "aa07cdaa662c", "fashion": "b46905128f67"}
 IDX = "{train,t10k}-{images-idx3,labels-idx1}-ubyte (four files, plain or .gz)"
 LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, ""),
@@ -729,10 +737,11 @@ def load_data(name: str, data_dir: Path) -> Data:
         refuse_unfit(data)
     order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
     data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
-    known = PUBLISHED.get(digest(data))
-    if known != (name if name in PUBLISHED.values() else None):
-        told = f"those of {known}" if known else "not those that were published under that name"
-        print(f"note: the images and labels of {name} are {told}")
+    for other in [of for of in PUBLISHED if PUBLISHED[of] == digest(data)]:
+        if name in PUBLISHED and name != other:
+            stop(f"the images and labels of {name} are those of {other}: name another --data-dir")
+    if PUBLISHED.get(name, digest(data)) not in (None, digest(data)):
+        print(f"note: the images and labels of {name} are not those that were published")
     return data
 
 
@@ -833,8 +842,14 @@ def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np
 def fid_of_training_images(cfg, tasks: list[Data], real: list, features: Callable) -> list[float]:
     """What a perfect model would score: training images, drawn at random, in the place of samples."""
     generator = rng(torch.device("cpu"), cfg.seed, "real")
-    chosen = [task.x[torch.randperm(len(task.x), generator=generator)[: len(task.test_x)]] for task in tasks]
-    return [frechet_distance(test, features(images)) for test, images in zip(real, chosen)]
+
+    def like_the_test_images(task):  # as many of each class, as far as there are
+        for c, n in zip(*task.test_y.unique(return_counts=True)):
+            x = task.x[task.y == c]
+            yield x[torch.randperm(len(x), generator=generator)[:n]]
+
+    drawn = [torch.cat([*like_the_test_images(task)]) for task in tasks]
+    return [frechet_distance(test, features(images)) for test, images in zip(real, drawn)]
 
 
 # ============================================================================================================
@@ -856,6 +871,8 @@ def numbers(text: str) -> list[int]:
 
 
 def folder(text: str) -> Path:
+    if not text:
+        raise ValueError("a folder without a name")
     return Path(os.path.expanduser(text))  # unlike Path's, it takes a user that there is not
 
 
@@ -869,10 +886,10 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "batch_size": (128, int, COUNT, "real images per step; as many replayed ones come on top"),
     "lr": (2e-4, float, (1e-12, 1e12), "learning rate of Adam, which starts afresh with each task"),
     "lr_decay": ("none", str, ("none", "linear"), "constant, or falling to 0 within each task"),
-    "lam": (15000.0, float, (0, 1e30), "EWC's lambda; a smaller network needs a smaller one"),
+    "lam": (15000.0, float, (0, 1e20), "EWC's lambda; a smaller network needs a smaller one"),
     "fisher_samples": (10_000, int, COUNT, "samples (image, t, eps) of a task for mu, and as many for c*"),
     "replay_per_class": (5000, int, COUNT, "images of each old class that the teacher generates"),
-    "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps per image"),
+    "sample_steps": (50, int, (1, NUM_STEPS), "DDIM steps per image; divisors of 1000 start from full noise"),
     "replay_steps": (None, int, (1, NUM_STEPS), "DDIM steps per replayed image (default: sample-steps)"),
     "ema": (0.0, float, (0, 0.99999), "decay of the average of its weights that a task ends with; 0: none"),
     "channels": ([*PAPER_CHANNELS], numbers, (1, 4096), "channels of the UNet at each level, as in 16,32"),
@@ -918,6 +935,8 @@ def or_stop(problem: str, advice: str, kind: type[Exception] = DAMAGED) -> Itera
         yield
     except torch.OutOfMemoryError:  # is another problem, and main() says what helps against it
         raise
+    except PermissionError as error:
+        stop(f"{error.filename} cannot be read or written ({error.strerror})")
     except kind as error:
         stop(f"{problem} ({type(error).__name__}: {error}): {advice}")
 
@@ -1267,7 +1286,7 @@ def save_checkpoint(cfg: Settings, state: State) -> None:
 def load_checkpoint(cfg: Settings, state: State) -> None:
     """The state becomes that of checkpoint.pt, if there is one. With --fresh the old run is deleted."""
     path, device = cfg.out / "checkpoint.pt", next(state.model.parameters()).device
-    for name in ("result.json", "checkpoint.pt", "model.pt", "samples-task*.png"):
+    for name in ("result.json", "checkpoint.pt", "model.pt", "log.jsonl", "samples-task*.png"):
         for old in cfg.out.glob(name) if cfg.fresh and rank() == 0 else ():
             old.unlink()
     if (cfg.out / "model.pt").exists() and not path.exists() and not cfg.fresh:
@@ -1315,7 +1334,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_result(path: Path) -> dict:
-    with or_stop(f"{path} is damaged or closed", "remove it, or start its run over with --fresh"):
+    if not path.exists():
+        stop(f"{path.parent} holds no finished run (result.json): name another, or train it with --out")
+    with or_stop(f"{path} is damaged", "remove it, or start its run over with --fresh"):
         result = json.loads(path.read_text(), parse_constant=int)  # int("NaN") is an error, as it should be
         result["config"], table(result)  # fails if anything of this is missing
     return result
@@ -1406,6 +1427,9 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         settings["replay_per_class"] = min(given["limit"], settings["replay_per_class"])
         settings["fisher_samples"] = min(2 * given["limit"], settings["fisher_samples"])  # of two classes
     cfg = Settings(**settings | given)
+    of = METHODS[cfg.method]
+    if (of.distill and not of.replay) or bool(of.fisher) != bool(of.penalty):
+        stop(f"METHODS[{cfg.method!r}]: distillation needs replay, and a Fisher its penalty")
     cfg.lam = cfg.lam if METHODS[cfg.method].penalty else 0.0
     cfg.out = cfg.out or Path("runs-small" if small else "runs", cfg.dataset, f"{cfg.method}+seed={cfg.seed}")
     return cfg
@@ -1469,6 +1493,8 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
             with filelock.FileLock(cfg.out / ".lock", blocking=False) if rank() == 0 else nullcontext():
+                for left in cfg.out.glob(".rank1_ewc-*") if rank() == 0 else ():  # by a run that was killed
+                    left.unlink()
                 result = begin_run(cfg, device)
             told = f"In {cfg.out}: result.json, samples-task<k>.png, log.jsonl, model.pt"
     except KeyboardInterrupt as interrupt:
@@ -1483,7 +1509,7 @@ def main(argv: list[str] | None = None) -> dict:
     except filelock.Timeout:
         stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")
     except OSError as error:
-        place = error.filename or f"{cfg.out}, or the output,"
+        place = error.filename2 or error.filename or f"{cfg.out}, or the output,"
         stop(f"{place} cannot be read or written ({error.strerror or error})")
     except torch.OutOfMemoryError:
         stop(f"{cfg.device} has too little memory: raise --accumulate ({cfg.accumulate}) or lower --channels")

@@ -132,6 +132,12 @@ def test_add_noise_has_the_mean_and_variance_of_the_forward_process():
         assert x_t.var().item() == pytest.approx(1 - abar, rel=0.02, abs=1e-6)
 
 
+def test_noise_is_not_added_to_uint8():
+    images, _ = small_images()
+    with pytest.raises(ValueError, match="torch.uint8: to_float"):
+        r.per_sample_loss(Denoiser(), images, *r.draw_noise(images, generator()), torch.zeros(6).long())
+
+
 def test_timesteps_are_drawn_from_all_1000_and_noise_from_a_normal_distribution():
     t, eps = r.draw_noise(torch.zeros(20_000, 1, 2, 2), generator())
     assert t.unique().equal(torch.arange(1000))
@@ -1945,6 +1951,17 @@ def test_features_that_are_not_finite_are_refused_with_where_they_come_from(caps
     assert_refused(capsys, "FID's network not finite weights", main=broken)
 
 
+def test_training_images_for_comparison_are_as_many_of_each_class_as_the_test_has():
+    y, test_y = torch.arange(90).clamp(max=80) // 80, torch.tensor([0, 0, 0, 1, 1, 1])  # 80 and 10 of a class
+    task = r.Data(
+        (100 * y + torch.arange(90)).to(torch.uint8)[:, None, None, None], y, torch.zeros(6), test_y
+    )
+    features = Mock(side_effect=lambda images: images[:, :, 0, 0].double().numpy())
+    r.fid_of_training_images(settings(), [task], [np.zeros((6, 1))], features)
+    (drawn,) = features.call_args.args
+    assert (drawn < 100).flatten().tolist() == [True] * 3 + [False] * 3 and len(drawn.unique()) == 6
+
+
 ROWS = {
     '{"learning_rate": 1}': "DATASETS['digits'] learning_rate",
     '{"lr_decay": "cosine"}': "--lr-decay none, linear 'cosine'",
@@ -1959,16 +1976,30 @@ def test_a_datasets_own_row_is_examined_as_the_command_line_is(capsys, monkeypat
     assert_refused(capsys, ROWS[row], "--epochs=1")
 
 
-def test_the_images_of_another_dataset_are_noted(capsys, monkeypatch, tmp_path):
+def test_images_of_another_dataset_are_refused_and_changed_ones_noted(capsys, monkeypatch, tmp_path):
     load, files = r.LOADERS["digits"]
     r.load_data("digits", tmp_path)
     assert capsys.readouterr().out == ""
     monkeypatch.setitem(r.LOADERS, "mnist", (load, files))
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: load(_)._replace(x=load(_).x.flip(3)), files))
-    r.load_data("mnist", tmp_path)
-    assert "mnist are those of digits" in capsys.readouterr().out
+    assert_refused(capsys, "images mnist those of digits", main=lambda _: r.load_data("mnist", tmp_path))
     r.load_data("digits", tmp_path)
     assert "digits are not those that were published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parts", [{"distill": True}, {"fisher": max}, {"penalty": r.Rank1Penalty}])
+def test_a_method_that_lacks_a_part_is_refused(capsys, monkeypatch, parts):
+    monkeypatch.setitem(r.METHODS, "gd", r.Method(**parts))
+    assert_refused(capsys, "METHODS['gd'] replay penalty", "--method=gd")
+
+
+def test_what_killed_runs_left_half_written_goes_when_the_next_one_begins(tiny, tmp_path):
+    for name in (".rank1_ewc-123-checkpoint.pt", "own.pt"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    tiny()
+    assert [*(tmp_path / "run").glob(".rank1_ewc-*")] == []
+    assert (tmp_path / "run/own.pt").exists()
 
 
 def test_a_fisher_that_cannot_be_taken_ends_a_run_in_one_line(tiny, capsys, monkeypatch, tmp_path):

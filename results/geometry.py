@@ -450,8 +450,6 @@ def load_data(cfg: r.Settings) -> r.Data:
 
 def load_run(run: Path, data_dir: Path, device: str) -> tuple[r.Settings, nn.Module, r.Data]:
     """Read a finished run. -> its settings; model, in eval mode, and data, on the device. Or stop."""
-    if not (run / "result.json").exists():
-        r.stop(f"{run} holds no finished run (result.json): name another, or train it with --out {run}")
     paper = {name: row[0] for name, row in r.SETTINGS.items()}  # for what an older result.json lacks
     result = r.read_result(run / "result.json")
     cfg = r.Settings(**paper | result["config"] | {"data_dir": data_dir, "device": device})

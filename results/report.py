@@ -80,7 +80,7 @@ def read_run(path: Path) -> dict:
         run["method"] = older or run["method"]
         method, tasks, fid = METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
         if fid.shape != (1 if method.joint else tasks, tasks) or run["dataset"] not in r.DATASETS:
-            raise ValueError("its dataset is not known, or its numbers are not all there")
+            raise ValueError("not all numbers are there, or its dataset is one of yours, unknown here")
         fid = np.full((tasks, tasks), np.nan) if method.joint else fid  # fid[j, k]: of task k after task j
         old, learned = fid[-1, :-1], fid.diagonal()  # of the old tasks at the end; of each right after it
         rise = (old - np.fmin.reduce(fid[:-1, :-1], axis=0, initial=np.inf)).sum() / max(1, tasks - 1)
@@ -353,6 +353,7 @@ def plot_samples(runs: pd.DataFrame, path: Path) -> None:
     """
     runs, dataset = runs[runs["seed"] == runs["seed"].min()], runs["dataset"].iloc[0]
     tasks, classes = len(runs["fid_real"].iloc[0]), 1000 if dataset == "imagenet32" else 10
+    named = dataset in r.PUBLISHED  # of another dataset the number of classes is not known
     word = "digits" if dataset in ("digits", "mnist") else "classes"
     columns = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
     width, height = 206 + 178 * len(columns), 96 + 84 * len(runs)  # pixels, of which a panel takes 166 x 66
@@ -362,7 +363,7 @@ def plot_samples(runs: pd.DataFrame, path: Path) -> None:
     panels = figure.subplots(len(runs), len(columns), squeeze=False, gridspec_kw=where)
     for axes, k in zip(panels[0], columns):
         learned = spans(range((k - 1) * classes // tasks, k * classes // tasks)).replace(",", "")
-        axes.set_title(f"after task {k}:\n{word} {learned}", fontsize=10)
+        axes.set_title(f"after task {k}" + f":\n{word} {learned}" * named, fontsize=10)
     for axes_of_run, run in zip(panels, runs.itertuples()):
         label = f"{PLAIN_WORDS.get(run.method, run.method)}\n({run.line})"
         axes_of_run[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
@@ -466,8 +467,12 @@ def tally(tables: Sequence[Path], to: Path) -> None:
 
     A row is its line, lambda, seeds and baseline; one that stands in several tables counts once.
     """
-    lines = pd.concat([pd.read_csv(path, dtype={"lam": str}).assign(table=path.stem) for path in tables])
-    lines["line"] = lines["line"].fillna(lines["method"])
+    with r.or_stop("these are not the tables of a report", "name CSV files that it wrote"):
+        parts = [pd.read_csv(path, dtype={"lam": str}).assign(table=path.stem) for path in tables]
+        lines = pd.concat(parts)
+        if "method" in lines:
+            lines["line"] = lines.get("line", lines["method"]).fillna(lines["method"])
+        lines[["line", "against", "measure", "difference"]]
     added = [name for name, method in METHODS.items() if method.penalty and method.distill]
     lines = lines[
         lines["line"].str.split().str[0].isin(added) & lines["against"].str.match("gd( |$)", na=False)
