@@ -116,9 +116,8 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
     """
     abar, stride, x = alphas_cumprod(noise.device), NUM_STEPS // steps, noise
     for t in range((steps - 1) * stride, -1, -stride):
-        eps = predict_noise(
-            model, x, torch.full((len(y),), t, device=y.device), y
-        ).float()  # with --bf16 it comes as bfloat16
+        same_t = torch.full((len(y),), t, device=y.device)
+        eps = predict_noise(model, x, same_t, y).float()  # with --bf16 it comes as bfloat16
         x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
         abar_next = abar[t - stride] if t else torch.ones_like(abar[0])
         x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
@@ -707,10 +706,10 @@ def refuse_unfit(data: Data) -> None:
             raise ValueError(f"{kind} labels must be 0, 1, 2, .., not {int(y.min())} to {int(y.max())}")
     if data.x.shape[1:] != data.test_x.shape[1:]:
         raise ValueError(f"training images are {told(data.x)}, test images {told(data.test_x)}")
-    # A number for each image, exact as it is an integer below 2^53: equal images have equal numbers.
-    weights = torch.randint(2**31, (data.x[0].numel(),), generator=rng(data.x.device, "images")).double()
-    numbers = lambda x: torch.cat([part.flatten(1).double() @ weights for part in x.split(1000)])
-    if (share := torch.isin(numbers(data.test_x), numbers(data.x)).double().mean()) > 0.5:
+    # A number for each image, exact as it is an integer below 2^53, so that equal images have equal ones.
+    factors = torch.randint(2**31, (data.x[0].numel(),), generator=rng(data.x.device, "images")).double()
+    codes = lambda x: torch.cat([part.flatten(1).double() @ factors for part in x.split(1000)])
+    if (share := torch.isin(codes(data.test_x), codes(data.x)).double().mean()) > 0.5:
         raise ValueError(f"{share:.0%} of the test images are training images")
     classes = int(max(data.y.max(), data.test_y.max())) + 1
     for kind, _, y in parts:

@@ -301,13 +301,14 @@ def setting_note(runs: pd.DataFrame) -> str:
 def table_1(folders: Sequence[Path], to: Path, only: Sequence[str] = ()) -> None:
     """Table 1 of all finished runs below these folders, or of `only` these methods, into the folder TO.
 
-    With Figures 4 and 5; or Figure 5 alone to a PNG.
+    With Figure 4, and 5 where a run's pictures are kept; or Figure 5 alone to a PNG.
     """
     runs = read_runs(folders, only)
     groups = {names: group for names, group in runs.groupby(["dataset", "fid_features"])}
     for names, group in groups.items():
         picture = to / f"{'-'.join(['figure5', *(names if len(groups) > 1 else [])])}.png"
-        plot_samples(group, to if to.suffix == ".png" else picture)
+        if to.suffix == ".png" or any((run / "samples-task1.png").exists() for run in group["folder"]):
+            plot_samples(group, to if to.suffix == ".png" else picture)
     if to.suffix == ".png":
         return
     plot_afid(groups, to / "figure4.png")
