@@ -1153,6 +1153,23 @@ def test_weights_and_samples_that_are_not_finite_stop_a_run(tiny, monkeypatch, c
     assert_refused(capsys, "weight not finite task 1 --lr", *TINY, "--batch-size=6", "--out", tmp_path / "x")
 
 
+def test_a_tilde_in_a_path_is_the_home_folder_if_there_is_one():
+    assert r.folder("~/x") == Path.home() / "x" and r.folder("~nobody-here/x") == Path("~nobody-here/x")
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named_and_not_called_damaged(tiny, tmp_path, capsys):
+    def read(_):
+        with r.or_stop("result.json is damaged", "remove it"):
+            raise PermissionError(13, "Permission denied", "run/result.json")
+
+    with pytest.raises(SystemExit):
+        read(None)
+    error = capsys.readouterr().err
+    assert "run/result.json cannot be read" in error and "damaged" not in error and "remove" not in error
+    (tmp_path / "run/log.jsonl").mkdir(parents=True)
+    assert_refused(capsys, f"{tmp_path}/run/log.jsonl written", *TINY, "--out", tmp_path / "run")
+
+
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(tiny, tmp_path, capsys):
     tiny()
     before = contents(tmp_path / "run")
@@ -1746,8 +1763,9 @@ def test_a_finished_runs_model_generates_images_of_the_classes_that_are_asked_fo
     report.main(["--sample", str(run), "--classes", "3,7", "--to", str(to)])
     assert torchvision.io.read_image(str(to)).shape == (3, 2 * 66 + 2, 10 * 66 + 2)
     assert_refused(capsys, "--classes 10 0 to 9", "--sample", run, "--classes", "3,10", main=report.main)
-    run = hand_made_run(tmp_path)
+    run, none = hand_made_run(tmp_path), tmp_path / "none"
     assert_refused(capsys, "model.pt is missing", "--sample", run, "--classes", "3", main=report.main)
+    assert_refused(capsys, f"{none} no finished run", "--sample", none, "--classes", "3", main=report.main)
 
 
 @pytest.mark.slow
@@ -1889,6 +1907,7 @@ REFUSED = [
     "--channels=8,8,8,8 | --channels levels 8x8",
     "--batch-size=10 --accumulate=3 | --batch-size 10 3 images classes 0 to 1",
     "--out=/dev/null/out | /dev/null/out written",
+    "--out= | --out folder",
     "--lr=1e12 | task 1 finite epoch --lr 1e+12 --lam",
 ]
 
