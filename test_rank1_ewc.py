@@ -1606,7 +1606,7 @@ def test_relearning_refuses_runs_that_cannot_be_paired_or_have_no_model(tiny, tm
 
 # ---- results/report.py: what finished runs say together
 def hand_made_run(folder, method="gd", seed=0, afid=20.0, **other):
-    """A result.json of two tasks, of no real run; `other`: parts of it, or settings."""
+    """A result.json of two tasks, of no real run, and a picture; `other`: parts of it, or settings."""
     run = {"dataset": "fashion", "method": method, "lam": 0.0, "seed": seed, "fid_features": "inception"}
     run |= {"fid": [[5.0, None], [afid + 2, afid - 2]], "afid": [5.0, afid], "forgetting": 2.0, "data": None}
     run |= {"fid": [[afid, afid]], "afid": [afid], "forgetting": None} if method == "joint" else {}
@@ -1615,6 +1615,7 @@ def hand_made_run(folder, method="gd", seed=0, afid=20.0, **other):
     usual = r.settings_of(r.parse_args(["--dataset", run["dataset"]]))
     run["config"] = usual | {name: value for name, value in other.items() if name not in run}
     r.write_json(folder / "result.json", run)
+    torchvision.utils.save_image(torch.zeros(3, 70, 346), folder / "samples-task1.png")
     return folder
 
 
@@ -1641,6 +1642,10 @@ def test_table_1_has_means_errors_differences_from_gd_the_papers_numbers_and_bot
     )
     assert [words for words in told.split("|") if words not in text] == [] and text in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.png")} == {"figure4.png", "figure5.png"}
+    for picture in tmp_path.glob("*/samples-task1.png"):  # without any there is no Figure 5
+        picture.unlink()
+    report.main([str(tmp_path), "--to", str(tmp_path / "other")])
+    assert [path.name for path in (tmp_path / "other").glob("*.png")] == ["figure4.png"]
 
 
 def test_runs_of_different_datasets_or_features_stay_apart_in_one_report(tmp_path):
