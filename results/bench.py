@@ -1,6 +1,6 @@
 """How much faster is this project's code than the plain way to write it, and do both compute the same?
 
-    python -m results.bench            # three quarters of an hour on two cores: bench-<device>.json, .md
+    python -m results.bench            # half an hour on two cores: bench-<device>.json, .md
     python -m results.bench --growth   # what runs of 2, 5 and 10 tasks cost: growth.json, .png
     python -m results.bench --tricks   # what makes a GPU faster, trick by trick: tricks-<device>.json, .md
 
