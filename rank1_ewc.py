@@ -808,7 +808,7 @@ def classifier_features(name: str, data: Data, device: torch.device) -> Callable
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = rng(torch.device("cpu"), "classifier")
         for _ in progress(range(1000), "classifier for the FID", unit="step", leave=False):
-            index = torch.randint(len(data.y), (128,), generator=generator)
+            index = torch.randint(len(data.y), (min(128, len(data.y)),), generator=generator)
             optimizer.zero_grad()
             x, y = data.x[index].to(device), data.y[index].to(device)
             functional.cross_entropy(model(to_float(x)), y).backward()
