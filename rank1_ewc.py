@@ -626,7 +626,7 @@ class Data(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned unchanged. ValueError: anything else."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it are returned as they are. ValueError: all else."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = float(images.min()), float(images.max())
@@ -653,7 +653,7 @@ def load_digits(_: Path) -> Data:
 
 
 def load_torchvision(dataset: str | type, data_dir: Path) -> Data:
-    """A dataset of torchvision's, 32x32: MNIST's images of 28x28 are padded by 2. Downloads what is missing."""
+    """A dataset of torchvision's, 32x32: MNIST's 28x28 images are padded by 2. Downloads what is missing."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, dataset) if isinstance(dataset, str) else dataset
@@ -728,7 +728,7 @@ def digest(data: Data) -> str:
 
 
 def load_data(name: str, data_dir: Path) -> Data:
-    """A dataset, sorted by class. Stops if it cannot be read, or its images and labels do not fit together."""
+    """A dataset, sorted by class. Stops if it cannot be read, or images and labels do not fit together."""
     load, files = LOADERS[name]
     advice = f"get {data_dir / files}, or name another --data-dir" if files else "look at its loader"
     with or_stop(f"{name} cannot be used", advice):
@@ -736,10 +736,11 @@ def load_data(name: str, data_dir: Path) -> Data:
         refuse_unfit(data)
     order, test_order = (y.argsort(stable=True) for y in (data.y, data.test_y))
     data = Data(data.x[order], data.y[order], data.test_x[test_order], data.test_y[test_order])
-    for other in [of for of in PUBLISHED if PUBLISHED[of] == digest(data)]:
-        if name in PUBLISHED and name != other:
+    found = digest(data)
+    for other in PUBLISHED:
+        if PUBLISHED[other] == found and name in PUBLISHED and name != other:
             stop(f"the images and labels of {name} are those of {other}: name another --data-dir")
-    if PUBLISHED.get(name, digest(data)) not in (None, digest(data)):
+    if PUBLISHED.get(name) not in (None, found):
         print(f"note: the images and labels of {name} are not those that were published")
     return data
 
@@ -956,7 +957,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_whole(path: Path, device: torch.device) -> dict:
-    """What torch.save wrote. ValueError: a byte of it has changed, or a weight that it holds is not finite."""
+    """What torch.save wrote. ValueError: a byte of it has changed, or a weight in it is not finite."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # compares the checksums
             raise ValueError(f"{damaged} in it has changed")
