@@ -54,10 +54,10 @@ imagenet:
 	$(PY) -m results.report $(RUNS)/imagenet32
 
 flags = $(subst =, ,$(subst +, --,$(1)))# gd+lam=10 becomes gd --lam 10
-BEYOND = rank1-eig% rank2% rank4% rank1-low% rank1-middle% rank1-high% rank1-proximal% isotropic%
-program = $(PY) $(if $(filter $(BEYOND),$(1)),-m results.beyond,rank1_ewc.py)
+BEYOND = rank1-eig% rank2% rank4% rank1-low% rank1-middle% rank1-high% rank1-proximal% rank1-shuffled% isotropic%
+program = $(PY) $(if $(filter $(BEYOND),$(1))$(filter fashion16,$(2)),-m results.beyond,rank1_ewc.py)
 $(RUNS)/%: FORCE | .venv/installed
-	$(call program,$(*F)) --dataset $(*D) --method $(call flags,$(*F)) --out $@ --data-dir $(DATA) $(EXTRA)
+	$(call program,$(*F),$(*D)) --dataset $(*D) --method $(call flags,$(*F)) --out $@ --data-dir $(DATA) $(EXTRA)
 FORCE:
 
 table1 fig4 fig5: .venv/installed  ## Table 1, Figure 4 and Figure 5 of all runs in RUNS

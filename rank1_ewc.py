@@ -455,10 +455,11 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 
     data: all images, sorted by class; features: images uint8 -> FID features (N, d).
     """
-    method, tasks = METHODS[cfg.method], split_tasks(data, cfg.tasks)
+    method, state = METHODS[cfg.method], new_state(cfg, data, device)
+    data, state.class_order = order_classes(cfg, data)
+    tasks = split_tasks(data, cfg.tasks)
     stages = [data] if method.joint else tasks  # what is learned, one after the other
     steps = [steps_of(cfg, stage)[1] for stage in stages]
-    state = new_state(cfg, data, device)
     load_checkpoint(cfg, state)  # if there is one, into the state
     real = [features(task.test_x) for task in tasks]
     state.fid_real = state.fid_real or fid_of_training_images(cfg, tasks, real, features)
@@ -751,6 +752,16 @@ def limit_classes(data: Data, n: int) -> Data:
     return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
+def order_classes(cfg, data: Data) -> tuple[Data, list[int]]:
+    """Number the classes anew with --class-order random. -> data, sorted so; the true class of each label."""
+    order = torch.arange(int(data.y.max()) + 1)
+    if cfg.class_order == "random":
+        order = torch.randperm(len(order), generator=rng(order.device, cfg.seed, "class order"))
+    y, test_y = order.argsort()[data.y], order.argsort()[data.test_y]
+    by, test_by = y.argsort(stable=True), test_y.argsort(stable=True)
+    return Data(data.x[by], y[by], data.test_x[test_by], test_y[test_by]), order.tolist()
+
+
 def split_tasks(data: Data, tasks: int) -> list[Data]:
     """The classes in label order, equally many per task: views, not copies, of data sorted by class."""
     classes = int(data.y.max()) + 1
@@ -882,6 +893,7 @@ SETTINGS = {  # name: (the paper's value, type, smallest and largest or choices 
     "method": ("rank1", str, METHODS, "how old classes are kept: a row of METHODS"),
     "seed": (0, int, (0, 2**62), "seed of everything that is drawn at random"),
     "tasks": (5, int, COUNT, "number of tasks: the classes are split among them equally, in label order"),
+    "class_order": ("label", str, ("label", "random"), "which classes come first: random draws from the seed"),
     "epochs": (200, int, COUNT, "epochs per task"),
     "batch_size": (128, int, COUNT, "real images per step; as many replayed ones come on top"),
     "lr": (2e-4, float, (1e-12, 1e12), "learning rate of Adam, which starts afresh with each task"),
@@ -1210,6 +1222,7 @@ class State:  # between two epochs
     task: int = 0  # tasks done
     epoch: int = 0  # epochs done of the next one
     step: int = 0  # training steps done of it
+    class_order: list = field(default_factory=list)  # the true class of each label
     fid: list = field(default_factory=list)  # a row per task done, a column per task; None: not yet learned
     fid_pooled: float | None = None  # joint: one FID of all classes
     fid_real: list = field(default_factory=list)  # of real training images, a number per task
@@ -1382,7 +1395,7 @@ def finish(cfg: Settings, state: State) -> dict:
     result = {name: getattr(cfg, name) for name in ("dataset", "method", "lam", "seed", "fid_features")}
     result |= {
         name: getattr(state, name) for name in ("fid", "fid_pooled", "fid_real", "fisher", "drift", "data")
-    }
+    } | {"class_order": state.class_order}
     result["afid"], result["forgetting"] = afid_and_forgetting(state.fid)
     packages = ("torch", "torchvision", "clean-fid", "scipy", "numpy", "scikit-learn")
     versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}

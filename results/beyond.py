@@ -6,6 +6,9 @@ rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the hig
 rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
 rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
 isotropic: F's trace, shared out evenly: a pull to theta* that knows no direction, as a control.
+rank1-shuffled: mu of images whose pixels were shuffled, at the strength of the true mu: another direction.
+
+A dataset is added too: fashion16, FashionMNIST at 16x16, ten tasks of one class in a random order.
 
 A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS, and a program
 that adds the row and calls the script's own, as the last lines here do.
@@ -108,6 +111,52 @@ def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=F
     return diagonal.mean().expand_as(diagonal)
 
 
+# ---- Another direction: what the same network's gradients share on images that show nothing.
+
+
+def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False) -> tuple:
+    """mu (D,) and c* of images x whose pixels were shuffled, each image its own way; and two numbers to keep.
+
+    c* is rescaled so that c* ||mu||^2 is that of the true images. The numbers: the cosine of the two mu, and
+    what c* ||mu||^2 was before.
+    """
+    true_mu, true_c_star = r.rank1_fisher(model, x, y, n, generator, loss, shared)
+    order = torch.rand(len(x), 1, x[0, 0].numel(), generator=generator, device=x.device).argsort(2)
+    shuffled = x.flatten(2).gather(2, order.expand(-1, x.shape[1], -1)).view_as(x)
+    mu, c_star = r.rank1_fisher(model, shuffled, y, n, generator, loss, shared)
+    norm, true_norm = mu.norm(), true_mu.norm()
+    told = {"cos_true_mu": float(mu @ true_mu / (norm * true_norm)), "own_energy": float(c_star * norm**2)}
+    return mu, true_c_star * true_norm**2 / norm**2, told
+
+
+class ShuffledPenalty(r.Rank1Penalty):
+    """A rank-1 penalty that passes shuffled_fisher's numbers on to result.json."""
+
+    def add(self, fisher: tuple, weights: nn.Module | Tensor) -> dict[str, float]:
+        mu, c_star, told = fisher
+        return super().add((mu, c_star), weights) | told
+
+
+# ---- FashionMNIST at 16x16: real pictures, learned on a laptop.
+
+
+def load_fashion16(data_dir: Path) -> r.Data:
+    """28x28 padded to 32x32, then the mean of 2x2 pixels; the first 1,000 and 200 images of each class."""
+    x, y, test_x, test_y = r.load_torchvision("FashionMNIST", data_dir)
+
+    def few(images, labels, n):
+        chosen = torch.cat([torch.nonzero(labels == c)[:n, 0] for c in range(10)])
+        means = nn.functional.avg_pool2d(images[chosen].float(), 2)
+        return means.round().to(torch.uint8), labels[chosen]
+
+    return r.Data(*few(x, y, 1000), *few(test_x, test_y, 200))
+
+
+LOADERS = {"fashion16": (load_fashion16, r.LOADERS["fashion"][1])}
+DATASETS = {"fashion16": r.DIGITS | {"tasks": 10, "class_order": "random", "epochs": 54}}
+DATASETS["fashion16"] |= {"channels": [16, 32, 32]}
+
+
 distilled = partial(r.Method, replay=True, distill=True)
 METHODS = {
     "rank1-low": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty),
@@ -117,6 +166,7 @@ METHODS = {
     "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
     "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
     "rank4": distilled(fisher=partial(rank_k_fisher, k=4), penalty=RankKPenalty),
+    "rank1-shuffled": distilled(fisher=shuffled_fisher, penalty=ShuffledPenalty),
     "isotropic": distilled(fisher=isotropic_fisher, penalty=r.DiagonalPenalty),
 }
 
@@ -124,6 +174,8 @@ METHODS = {
 def program() -> None:
     """rank1_ewc.py with these rows in its METHODS."""
     r.METHODS.update(METHODS)
+    r.LOADERS.update(LOADERS)
+    r.DATASETS.update(DATASETS)
     r.SCRIPT = hashlib.sha256(r.SCRIPT.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
     cfg = r.parse_args()
     directions = getattr(r.METHODS[cfg.method].fisher, "keywords", {}).get("k", 0)

@@ -8,12 +8,14 @@ constant = --dataset digits --lr 1e-3 --lr-decay none
 fashion = --dataset fashion --small --epochs 2 --data-dir $(DATA)
 stiff = $(constant)
 long = --dataset digits --tasks 10 --epochs 810
+orders = $(long) --replay-per-class 50 --class-order random
+fashion16 = --dataset fashion16 --data-dir $(DATA)
 exercises = --epochs 90
 results/runs/%/result.json: | .venv/installed
-	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D)
+	$(call program,$(*F),$(firstword $(subst /, ,$*))) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D)
 .PRECIOUS: results/runs/%/model.pt
 results/runs/%/model.pt: | .venv/installed
-	$(call program,$(*F)) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D) --fresh
+	$(call program,$(*F),$(firstword $(subst /, ,$*))) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D) --fresh
 
 # $(call study,name,page,over,seeds,runs,against): a run is taken with all seeds, or with that in its name; without
 # `over` it is a Table 1. With CHECK=1 no run is made.
@@ -133,6 +135,15 @@ $(call study,long-test,long-chain,lam,$(LONG),$(patsubst %,long/%+replay-per-cla
 $(call study,long-rank1,long-chain,lam,$(LONG),long/rank1+lam=300+replay-per-class=50,long/diag+lam=10+replay-per-class=50)
 # long-chain: Table 1 of these runs, and their AFID along the chain
 $(call study,long-chain,long-chain,,$(LONG),$(patsubst %,long/%+replay-per-class=50,gd rank1+lam=300 diag+lam=10))
+# orders-pilot: the long chain with the classes in random orders: which strength of each brake, on seeds 200 and 201
+$(call study,orders-pilot,long-chain,lam,200 201,$(addprefix orders/,gd rank1+lam=0 rank1+lam=100 rank1+lam=300 \
+  rank1+lam=1000 isotropic+lam=1 isotropic+lam=10 isotropic+lam=100))
+# orders-rate: is it a smaller step that helps there? the learning rate of GD, on the same seeds
+$(call study,orders-rate,long-chain,lr,200 201,$(addprefix orders/,gd gd+lr=1e-3 gd+lr=2e-3 gd+lr=8e-3))
+# orders-proximal: the strength of the proximal step whose drift is nearest to rank-1's there, on the same seeds
+$(call study,orders-proximal,long-chain,lam,200 201,$(addprefix orders/,gd rank1-proximal+lam=1e4 \
+  rank1-proximal+lam=1e5 rank1-proximal+lam=1e6 rank1-proximal+lam=1e7))
+
 # relearning: how fast is the first of the ten tasks relearned by the models of that test? seeds 210 to 214
 relearning: $(foreach s,210 211 212 213 214,results/runs/long/gd+replay-per-class=50+seed=$(s)/model.pt)
 relearning: $(foreach s,210 211 212 213 214,results/runs/long/rank1+lam=300+replay-per-class=50+seed=$(s)/model.pt)
