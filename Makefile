@@ -2,8 +2,8 @@
 #   make cifar10 METHODS="gd rank1" SEEDS=0      part of an experiment; make -n shows its commands
 #   make mnist EXTRA="--epochs 5" RUNS=short     more flags for its runs, and another folder for them
 #   make fashion DATA=folder                     where the datasets are
-# A run's folder is its flags: runs/digits/rank1+lam=100+seed=0. A stopped run goes on, a finished one is not
-# repeated. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores, where networks are small.
+# A run's folder is its flags: runs/digits/rank1+lam=100+seed=0. A stopped run goes on, one that has a result.json
+# is not repeated. OMP_NUM_THREADS=1 make -j2 .. makes the most of two cores, where networks are small.
 
 PY := .venv/bin/python
 METHODS ?= joint finetune replay gd diag-only rank1-only diag rank1
@@ -23,6 +23,13 @@ help:  ## this list
 demo: .venv/installed  ## rank-1 EWC on 8x8 digits, minutes on a laptop: a table of FIDs, pictures in runs/demo
 	$(PY) rank1_ewc.py --epochs 90 --out runs/demo $(EXTRA)
 
+# A network for 32x32 images that a CPU can train.
+SMALL := --channels 16,32,32,32 --layers-per-block 1 --batch-size 16 --lr 4e-3 --lr-decay linear --lam 10
+SMALL += --fisher-samples 4000 --replay-per-class 200 --sample-steps 10 --fid classifier
+look: .venv/installed  ## a quick look at FashionMNIST: a small network, 50 images a class, minutes on a CPU
+	$(PY) rank1_ewc.py --dataset fashion $(SMALL) --epochs 1 --limit 50 --fisher-samples 100 \
+	  --replay-per-class 50 --out runs/look --data-dir $(DATA) $(EXTRA)
+
 # Two at once, as each test is content with one core.
 PYTEST = $(PY) -m pytest -q -n 2 -W ignore::DeprecationWarning -W ignore::pytest.PytestUnknownMarkWarning test_rank1_ewc.py
 test: .venv/installed  ## the tests; test-fast: the formulas alone, without whole runs
@@ -37,12 +44,12 @@ growth: .venv/installed
 
 lint: .venv/installed  ## ruff's checks and format
 	.venv/bin/pip install --quiet ruff==0.17.6
-	.venv/bin/ruff check --line-length 110 .
-	.venv/bin/ruff format --check --line-length 110 .
+	.venv/bin/ruff check --line-length 100 .
+	.venv/bin/ruff format --check --line-length 100 .
 
-# The paper's experiments: $(call runs,cifar10) is runs/cifar10/gd+seed=0, .., and the rule below makes each:
+# The paper's experiments: $(call runs,cifar10) is runs/cifar10/gd+seed=0/result.json, .., which the rule below makes:
 # python rank1_ewc.py --dataset cifar10 --method gd --seed 0 --out runs/cifar10/gd+seed=0
-runs = $(foreach seed,$(SEEDS),$(foreach method,$(METHODS),$(RUNS)/$(1)/$(method)+seed=$(seed)))
+runs = $(foreach seed,$(SEEDS),$(foreach method,$(METHODS),$(RUNS)/$(1)/$(method)+seed=$(seed)/result.json))
 digits: $(call runs,digits)  ## Table 1 on 8x8 digits, small: an hour on two CPU cores
 mnist: $(call runs,mnist)  ## Table 1 on MNIST, as in the paper: a GPU; the same is fashion or cifar10
 fashion: $(call runs,fashion)
@@ -56,20 +63,19 @@ imagenet:
 flags = $(subst =, ,$(subst +, --,$(1)))# gd+lam=10 becomes gd --lam 10
 BEYOND = rank1-eig% rank2% rank4% rank1-low% rank1-middle% rank1-high% rank1-proximal% rank1-shuffled% isotropic%
 program = $(PY) $(if $(filter $(BEYOND),$(1))$(filter fashion16,$(2)),-m results.beyond,rank1_ewc.py)
-$(RUNS)/%: FORCE | .venv/installed
-	$(call program,$(*F),$(*D)) --dataset $(*D) --method $(call flags,$(*F)) --out $@ --data-dir $(DATA) $(EXTRA)
-FORCE:
+$(RUNS)/%/result.json: | .venv/installed
+	$(call program,$(*F),$(*D)) --dataset $(*D) --method $(call flags,$(*F)) --out $(@D) --data-dir $(DATA) $(EXTRA)
 
 table1 fig4 fig5: .venv/installed  ## Table 1, Figure 4 and Figure 5 of all runs in RUNS
 	$(PY) -m results.report $(RUNS)
 
 MODEL ?= $(RUNS)/digits/joint+seed=0
-fig1 fig2 fig3 vae: $(MODEL)  ## Figures 1 to 3, and the control of a VAE, of the run MODEL
+fig1 fig2 fig3 vae: $(MODEL)/result.json  ## Figures 1 to 3, and the control of a VAE, of the run MODEL
 	$(PY) -m results.geometry $(subst fig,,$@) $(MODEL) --data-dir $(DATA) --to $(RUNS)/$@
 
 studies:  ## the studies of results/, by name: make lambda makes that one's missing runs, and its table
 	@awk '/^# [a-z0-9-]+: / {sub(":", "", $$2); name = $$2; $$1 = $$2 = ""; printf "  make %-20s%s\n", name, $$0}' results/studies.mk
 include results/studies.mk
 
-.PHONY: help demo test test-fast bench growth lint digits mnist fashion cifar10 imagenet FORCE
+.PHONY: help demo look test test-fast bench growth lint digits mnist fashion cifar10 imagenet
 .PHONY: table1 fig1 fig2 fig3 fig4 fig5 vae studies

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 import rank1_ewc as r
 
@@ -34,7 +35,9 @@ def squeezed(t: Tensor, first: int, end: int) -> Tensor:
 
 def loss_in(first: int, end: int) -> Callable:
     """per_sample_loss at timesteps from `first` to before `end`."""
-    return lambda model, x0, t, eps, y: r.per_sample_loss(model, x0, squeezed(t, first, end), eps, y)
+    return lambda model, x0, t, eps, y: r.per_sample_loss(
+        model, x0, squeezed(t, first, end), eps, y
+    )
 
 
 # ---- The proximal step: decoupled from Adam, as AdamW's weight decay is (arXiv 1711.05101).
@@ -43,8 +46,8 @@ def loss_in(first: int, end: int) -> Callable:
 class ProximalPenalty(r.Rank1Penalty):
     """Rank-1 EWC outside the gradient: there a stiff penalty enters Adam's second moment and shrinks steps."""
 
-    def __call__(self, weights: nn.Module | Tensor) -> Tensor:
-        return super().__call__(weights).detach()
+    def __call__(self, theta: Tensor) -> Tensor:
+        return super().__call__(theta).detach()
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
@@ -56,19 +59,17 @@ class ProximalPenalty(r.Rank1Penalty):
         system = torch.eye(len(stiffness)) + (self.mu @ self.mu.T).cpu().double() * stiffness
         drift = torch.linalg.solve(system, self.drift(theta).cpu().double())  # at z
         z = theta - (stiffness * drift).to(theta) @ self.mu
-        for p, values in zip(r.trainable(model), r.shaped(z, r.trainable(model))):
-            p.copy_(values)  # in place: a recorded step reads the weights where they lie
+        vector_to_parameters(z, r.trainable(model))
 
 
 # ---- F's top eigenvectors: F ~ sum_j lambda_j v_j v_j^T, the best approximation of its rank.
 
 GRADIENTS = 1024  # so many gradients of single samples are kept at once
-GRADIENT_FLOATS = 400_000_000  # and so many numbers in them at most: 1.6 GB, 10 gradients of 37M weights
 
 
 def gradients_kept(model: nn.Module) -> int:
     """How many gradients are kept at once: 1,024 of up to 390,000 weights, 10 of 37 million."""
-    return min(GRADIENTS, GRADIENT_FLOATS // sum(p.numel() for p in r.trainable(model)))
+    return min(GRADIENTS, r.GRADIENT_FLOATS // len(r.flat(r.trainable(model))))
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -76,65 +77,70 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
     values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
     values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
-    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(G) @ G  # v_j = G^T u_j / sqrt(N lambda_j)
+    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(
+        G
+    ) @ G  # v_j = G^T u_j / sqrt(N lambda_j)
 
 
-def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False, k=1) -> tuple:
+def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, k=1) -> tuple:
     """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as are kept.
 
-    Every process computes all of it, shared or not. FisherError: fewer than k gradients.
+    Every process computes all of it. ValueError: fewer than k gradients.
     """
     n = min(n, gradients_kept(model))
     if n < k:
-        raise r.FisherError(f"rank {k} needs at least {k} gradients, not {n}")
-    with r.examined(model, x, y, n, loss) as network:
-        G = torch.cat(list(r.gradients(network, r.fisher_batches(x, y, n, generator), loss)))
-    values, vectors = eigenpairs(G, k)
+        raise ValueError(f"rank {k} needs at least {k} gradients, not {n}")
+    rows = []
+    with r.eval_mode(model):
+        for batch in r.fisher_batches(x, y, n, generator, loss):
+            rows.append(r.per_sample_gradients(model, batch, loss))
+            r.check_first_sample(model, batch, loss, rows[-1][0])
+    values, vectors = eigenpairs(torch.cat(rows), k)
     return vectors, values[:k].to(vectors)
 
 
 class RankKPenalty(r.Rank1Penalty):
     """(lam/2) sum_k sum_j lambda_kj (v_kj^T (theta - theta*_k))^2: a rank-1 penalty for each eigenvector."""
 
-    def add(self, fisher: tuple[Tensor, Tensor], weights: nn.Module | Tensor) -> dict[str, float]:
+    def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> dict[str, float]:
         """The numbers are those of the top eigenpair: its energy is lambda_1."""
-        pairs = iter(zip(*fisher))
-        numbers = super().add(next(pairs), weights)
-        for pair in pairs:
-            super().add(pair, weights)
-        return numbers
+        numbers = [super(RankKPenalty, self).add(pair, theta) for pair in zip(*fisher)]
+        return numbers[0]
 
 
-def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False) -> Tensor:
+def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> Tensor:
     """F as a multiple of the identity with F's trace, tr(F) / D for every weight (D,): what EWC must beat."""
-    diagonal = r.diagonal_fisher(model, x, y, n, generator, loss, shared)
+    diagonal = r.diagonal_fisher(model, x, y, n, generator, loss)
     return diagonal.mean().expand_as(diagonal)
 
 
 # ---- Another direction: what the same network's gradients share on images that show nothing.
 
 
-def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss, shared=False) -> tuple:
+def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> tuple:
     """mu (D,) and c* of images x whose pixels were shuffled, each image its own way; and two numbers to keep.
 
     c* is rescaled so that c* ||mu||^2 is that of the true images. The numbers: the cosine of the two mu, and
     what c* ||mu||^2 was before.
     """
-    true_mu, true_c_star = r.rank1_fisher(model, x, y, n, generator, loss, shared)
+    true_mu, true_c_star = r.rank1_fisher(model, x, y, n, generator, loss)
     order = torch.rand(len(x), 1, x[0, 0].numel(), generator=generator, device=x.device).argsort(2)
     shuffled = x.flatten(2).gather(2, order.expand(-1, x.shape[1], -1)).view_as(x)
-    mu, c_star = r.rank1_fisher(model, shuffled, y, n, generator, loss, shared)
+    mu, c_star = r.rank1_fisher(model, shuffled, y, n, generator, loss)
     norm, true_norm = mu.norm(), true_mu.norm()
-    told = {"cos_true_mu": float(mu @ true_mu / (norm * true_norm)), "own_energy": float(c_star * norm**2)}
+    told = {
+        "cos_true_mu": float(mu @ true_mu / (norm * true_norm)),
+        "own_energy": float(c_star * norm**2),
+    }
     return mu, true_c_star * true_norm**2 / norm**2, told
 
 
 class ShuffledPenalty(r.Rank1Penalty):
     """A rank-1 penalty that passes shuffled_fisher's numbers on to result.json."""
 
-    def add(self, fisher: tuple, weights: nn.Module | Tensor) -> dict[str, float]:
+    def add(self, fisher: tuple, theta: Tensor) -> dict[str, float]:
         mu, c_star, told = fisher
-        return super().add((mu, c_star), weights) | told
+        return super().add((mu, c_star), theta) | told
 
 
 # ---- FashionMNIST at 16x16: real pictures, learned on a laptop.
@@ -159,9 +165,15 @@ DATASETS["fashion16"] |= {"channels": [16, 32, 32]}
 
 distilled = partial(r.Method, replay=True, distill=True)
 METHODS = {
-    "rank1-low": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty),
-    "rank1-middle": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(333, 667)), penalty=r.Rank1Penalty),
-    "rank1-high": distilled(fisher=partial(r.rank1_fisher, loss=loss_in(667, 1000)), penalty=r.Rank1Penalty),
+    "rank1-low": distilled(
+        fisher=partial(r.rank1_fisher, loss=loss_in(0, 333)), penalty=r.Rank1Penalty
+    ),
+    "rank1-middle": distilled(
+        fisher=partial(r.rank1_fisher, loss=loss_in(333, 667)), penalty=r.Rank1Penalty
+    ),
+    "rank1-high": distilled(
+        fisher=partial(r.rank1_fisher, loss=loss_in(667, 1000)), penalty=r.Rank1Penalty
+    ),
     "rank1-proximal": distilled(fisher=r.rank1_fisher, penalty=ProximalPenalty),
     "rank1-eig": distilled(fisher=partial(rank_k_fisher, k=1), penalty=RankKPenalty),
     "rank2": distilled(fisher=partial(rank_k_fisher, k=2), penalty=RankKPenalty),
@@ -171,18 +183,15 @@ METHODS = {
 }
 
 
-def program() -> None:
-    """rank1_ewc.py with these rows in its METHODS."""
+def add_rows() -> None:
+    """The rows become the script's own, and its state, which a run's result.json names, says so."""
     r.METHODS.update(METHODS)
     r.LOADERS.update(LOADERS)
     r.DATASETS.update(DATASETS)
-    r.SCRIPT = hashlib.sha256(r.SCRIPT.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
-    cfg = r.parse_args()
-    directions = getattr(r.METHODS[cfg.method].fisher, "keywords", {}).get("k", 0)
-    if cfg.fisher_samples < directions:
-        r.stop(f"--fisher-samples must be at least {directions} with --method {cfg.method}")
-    r.program()
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    r.SCRIPT = f"{r.SCRIPT} with beyond.py {own}"
 
 
 if __name__ == "__main__":
-    program()
+    add_rows()
+    r.program()

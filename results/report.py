@@ -1,23 +1,25 @@
-"""What finished runs of rank1_ewc.py say together: the paper's Table 1, Figures 4 and 5, and comparisons.
+"""What finished runs of rank1_ewc.py say together: Table 1, Figures 4 and 5, and comparisons.
 
-    python -m results.report runs/digits                        # Table 1 of every finished run below a folder
-    python -m results.report RUN RUN .. --over lam --to lambda  # runs compared over a setting, or "curvature"
-    python -m results.report RUN .. --over lam --to direct --against RUN ..      # with these runs, not with GD
-    python -m results.report runs/digits --rows finetune,gd --to picture.png     # Figure 5 alone, of these rows
-    python -m results.report --sample RUN --classes 3,7         # ten images of each class, by a run's model
-    python -m results.report --include README.md                # renew the tables that a text includes
-    python -m results.report --tally results/pages/*/*.csv      # how often a penalty helps or hurts GD
+    python -m results.report runs/digits               # Table 1 of all finished runs in a folder
+    python -m results.report RUN .. --over lam --to lambda   # over a setting, or "curvature"
+    python -m results.report RUN .. --over lam --to direct --against RUN ..   # not against GD
+    python -m results.report RUN .. --over lam --to lambda --together 3       # Bonferroni's, too
+    python -m results.report runs/digits --rows finetune,gd --to picture.png  # Figure 5 alone
+    python -m results.report --sample RUN --classes 3,7      # ten images of each class
+    python -m results.report --include README.md       # renew the tables that a text includes
+    python -m results.report --tally results/pages/*/*.csv   # how often a penalty helps GD
+    python -m results.report RUN .. --summary --to summary.md  # README's table
 
-The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the first folder;
-the second lambda.md, lambda.csv and, where there are three points or more, lambda.png. A row is a method, named
-with the settings in which it differs from others ("gd --ema 0.99"); its runs differ in the seed alone. In a
-text, all between a line "<!-- include: FILE -->" and the next "<!-- end -->" becomes FILE as it now is.
+The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the
+first folder; the second lambda.md, lambda.csv and, where there are three points or more,
+lambda.png. A row is a method, named with the settings in which it differs from others
+("gd --ema 0.99"); its runs differ in the seed alone. In a text, all between a line
+"<!-- include: FILE -->" and the next "<!-- end -->" becomes FILE as it now is.
 """
 
 import argparse
+import itertools
 import re
-from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,504 +37,718 @@ from results import beyond
 
 PAGES = Path(__file__).parent / "pages"
 METHODS = r.METHODS | beyond.METHODS
-OLDER = {"loss": None, "proximal": "rank1-proximal"}  # form and fisher_timesteps of older runs: methods now
-OLDER |= {"0,1000": None, "0,333": "rank1-low", "333,667": "rank1-middle", "667,1000": "rank1-high"}
-OF_PENALTY, OF_REPLAY = {"lam", "fisher_samples"}, {"replay_per_class", "replay_steps"}  # settings
+DATASETS = r.DATASETS | beyond.DATASETS
+OLDER = {  # form and fisher_timesteps of older runs: methods now
+    "proximal": "rank1-proximal",
+    "0,333": "rank1-low",
+    "333,667": "rank1-middle",
+    "667,1000": "rank1-high",
+}
+NOT_COMPARED = {"dataset", "method", "seed", "device", "bf16"}  # settings
+OF_PENALTY = {"lam", "fisher_samples"}
+OF_REPLAY = {"replay_per_class", "replay_steps"}
 MEASURES = ["AFID", "forgetting", "FID just learned", "rise from best", "pooled FID"]
 HAVE_SHARES = ("AFID", "FID just learned")  # forgetting may be about 0: a share of it says nothing
-DPI = 120  # of pictures
 ROW = ["dataset", "fid_features", "line", "at"]  # the columns that tell rows apart
-LEGEND = """FID just learned: mean over the tasks of the FID right after each was learned. Rise from best: mean over
-the old tasks of the final FID minus the lowest before. Curvature: what the penalty adds, mean lambda c* ||mu||^2
-(of the diagonal lambda times its trace)."""
-PLAIN_WORDS = {"joint": "all classes at once", "finetune": "no protection", "replay": "replay alone"}
-PLAIN_WORDS |= {"gd": "generative distillation", "diag": "gd + diagonal EWC", "rank1": "gd + rank-1 EWC"}
-PLAIN_WORDS |= {"diag-only": "diagonal EWC alone", "rank1-only": "rank-1 EWC alone"}
+LEGEND = (
+    "FID just learned: mean over the tasks of the FID right after each was learned. "
+    "Rise from best: mean over\nthe old tasks of the final FID minus the lowest before. "
+    "Curvature: what the penalty adds, mean lambda c* ||mu||^2\n"
+    "(of the diagonal lambda times its trace)."
+)
+PLAIN_WORDS = {
+    "joint": "all classes at once",
+    "finetune": "no protection",
+    "replay": "replay alone",
+    "gd": "generative distillation",
+    "diag": "gd + diagonal EWC",
+    "rank1": "gd + rank-1 EWC",
+    "diag-only": "diagonal EWC alone",
+    "rank1-only": "rank-1 EWC alone",
+    "lr": "learning rate",
+    "lam": "lambda",
+    "ema": "decay of the weights' average",
+    "replay per class": "replay images per class",
+    "replay steps": "DDIM steps of replay images",
+    "curvature": "curvature that the penalty adds",
+}
 
 
-# ---- Runs: a table with a line per run, its columns the parts of result.json and what is computed from them.
+# ---- Runs: a table with a line per run, its columns the parts of result.json and what is computed
+# from them. `runs` and `group` below are such tables, `row` that of a row's runs, a seed each.
 
 
 def as_text(value) -> str:
     """A setting as one would type it: [16, 32] -> "16,32", 10.0 -> "10"."""
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
-@cache
+def settings_as_text(config: dict) -> dict[str, str]:
+    settings = {name: as_text(value) for name, value in config.items()}
+    if config.get("replay_steps") is None:
+        settings["replay_steps"] = settings["sample_steps"]
+    return settings
+
+
 def usual_settings(dataset: str, channels: str = "") -> dict[str, str]:
-    """What a dataset's settings are where no flag says otherwise; or with --small, of these channels."""
-    small = dataset != "digits" and channels == as_text(r.SMALL["channels"])
-    cfg = r.parse_args(["--dataset", dataset, *["--small"] * small])
-    settings = r.settings_of(cfg) | {"replay_steps": cfg.sample_steps}
-    return {name: as_text(value) for name, value in settings.items()}
+    """What a dataset's settings are where no flag says otherwise, with a network of this size."""
+    row = DATASETS.get(dataset, {})
+    if channels == "16,32,32,32":  # this small network is trained as that of the digits
+        row = r.DIGITS
+    cfg = r.parse_args(["--dataset", "mnist"])  # all is the paper's
+    return settings_as_text(r.settings_of(cfg) | row)
 
 
 def read_run(path: Path) -> dict:
     """A finished run, of its result.json. Stops if this is damaged or lacks parts."""
-    run = r.read_result(path)
+    run = {"script": "unknown", "data": None, "class_order": None, "versions": {}}
+    run |= r.read_result(path)
     try:
-        settings = run["config"] | {"lam": run["lam"], "tasks": len(run["fid_real"])}
-        settings["replay_steps"] = settings.get("replay_steps") or settings["sample_steps"]
-        settings = {name: as_text(value) for name, value in settings.items() if value is not None}
-        older = OLDER[settings.get("form", "loss")] or OLDER[settings.get("fisher_timesteps", "0,1000")]
-        run["method"] = older or run["method"]
-        method, tasks, fid = METHODS[run["method"]], len(run["fid_real"]), np.array(run["fid"], float)
-        if fid.shape != (1 if method.joint else tasks, tasks) or run["dataset"] not in r.DATASETS:
-            raise ValueError("not all numbers are there, or its dataset is one of yours, unknown here")
-        fid = np.full((tasks, tasks), np.nan) if method.joint else fid  # fid[j, k]: of task k after task j
-        old, learned = fid[-1, :-1], fid.diagonal()  # of the old tasks at the end; of each right after it
-        rise = (old - np.fmin.reduce(fid[:-1, :-1], axis=0, initial=np.inf)).sum() / max(1, tasks - 1)
-        measures = run["afid"][-1], run["forgetting"], learned.mean(), rise, run.get("fid_pooled")
-        curvature = [run["lam"] * fisher.get("energy", fisher.get("trace")) for fisher in run["fisher"]]
-    except r.DAMAGED as error:
-        r.stop(f"{path} is damaged or lacks parts ({type(error).__name__}: {error}): leave it out")
-    unused = {"form", "fisher_timesteps", "dataset", "method", "seed", "device", "bf16", "fid_features"}
-    unused |= (set() if method.penalty else OF_PENALTY) | (set() if method.replay else OF_REPLAY)
-    run["settings"] = {name: value for name, value in settings.items() if name not in unused}
-    run |= {"curvature": curvature, "change": old - learned[:-1], "folder": path.parent}
-    return {"script": "unknown", "data": None} | run | dict(zip(MEASURES, measures))
+        config = run["config"] | {"lam": run["lam"]}
+        for name in ("form", "fisher_timesteps"):
+            run["method"] = OLDER.get(as_text(config.get(name)), run["method"])
+        own = r.Method(replay=True, penalty=bool(run["fisher"]), joint=len(run["fid"]) == 1)
+        method = METHODS.get(run["method"], own)  # own: all that is known of one of your own
+        usual = usual_settings(run["dataset"], as_text(config["channels"]))
+        settings = usual | settings_as_text(config)  # an older run lacks some
+        run["made"] = f"{settings['device']}, bf16 {settings['bf16']}"
+        run["made"] += f", torch {run['versions'].get('torch')}"
+        used = usual.keys() - NOT_COMPARED
+        if not method.penalty:
+            used -= OF_PENALTY
+        if not method.replay:
+            used -= OF_REPLAY
+        run["settings"] = {name: settings[name] for name in usual if name in used}
+        run["order"] = settings["class_order"]
+        run |= measure(run, method)
+    except (KeyError, TypeError, ValueError) as error:
+        r.stop(f"{path} is damaged or lacks parts ({error!r}): leave it out")
+    return run | {"usual": usual, "folder": path.parent, "tasks": len(run["fid_real"])}
 
 
-def name_rows(runs: pd.DataFrame, but: str | None = None) -> pd.Series:
-    """Each run's method and the settings, `but` one, that differ and are not as usual: "gd --ema 0.99"."""
-    names = runs["method"].astype(object)
-    for dataset, group in runs.groupby("dataset"):
-        table = pd.DataFrame([*group["settings"]], group.index)
-        usual = usual_settings(dataset, table["channels"].iloc[0])
-        for setting in [name for name in table if table[name].nunique() > 1 and name != but]:
-            unusual = table[setting].where(table[setting] != usual.get(setting))
-            names[group.index] += (f" --{setting.replace('_', '-')} " + unusual).fillna("")
+def measure(run: dict, method: r.Method) -> dict:
+    """MEASURES, AFID after each task, and by how much the FID of each old task has changed."""
+    afid, forgetting = r.afid_and_forgetting(run["fid"])
+    fid = pd.DataFrame(run["fid"], dtype=float)  # fid.loc[j, k]: of task k after task j
+    if method.joint:
+        fid = pd.DataFrame(np.nan, fid.columns, fid.columns)
+        afid *= len(fid)  # Figure 4 has it at all tasks
+    learned = np.diagonal(fid)
+    final = fid.iloc[-1, :-1]  # of the old tasks
+    rise = final - fid.iloc[:-1, :-1].min()
+    numbers = (afid[-1], forgetting, learned.mean(), rise.mean(), run["fid_pooled"])
+    return dict(zip(MEASURES, numbers)) | {"afid": afid, "change": final - learned[:-1]}
+
+
+def find_flags(runs) -> pd.DataFrame:
+    """The settings in which runs of a dataset differ, a column each; nan: as usual, or unused."""
+    settings = pd.DataFrame([*runs.settings], runs.index)
+    usual = pd.DataFrame([*runs.usual], runs.index)[settings.columns]
+    differ = settings.groupby(runs.dataset).transform("nunique") > 1
+    return settings.where(differ & (settings != usual))
+
+
+def name_rows(runs, but: str | None = None) -> pd.Series:
+    """Each run's method and flags, `but` one: "gd --ema 0.99"."""
+    names = runs.method
+    flags = find_flags(runs)
+    for setting in flags.columns.drop(but, errors="ignore"):
+        names = names + (f" --{setting.replace('_', '-')} " + flags[setting]).fillna("")
     return names
 
 
-def read_runs(folders: Sequence[Path], only: Sequence[str] = (), over: str | None = None) -> pd.DataFrame:
+def read_runs(folders: list[Path], only=(), over=None, against=()) -> pd.DataFrame:
     """The finished runs below these folders, of all methods or `only` these, in their order.
 
-    "line" is what a row is named with: the method and the settings, but for `over`, in which it differs from
-    others. Stops if a folder holds no run, two runs learned different data, or two of a row have the same seed.
+    "line" is what a row is named with: the method and the settings, but for `over`, in which it
+    differs from others. The runs below `against` are there only to be compared with.
     """
-    paths = []
-    for folder in folders:
+    paths = {}
+    for folder in [*folders, *against]:
         found = sorted(folder.rglob("result.json"))
-        paths += found or r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
-    runs = pd.DataFrame(map(read_run, dict.fromkeys(paths)))
-    for method in {*only} - {*runs["method"]}:
-        r.stop(f"--rows {method}: no finished run; there are {', '.join(runs['method'].unique())}")
+        if not found:
+            r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
+        paths |= dict.fromkeys(found, folder in against)
+    runs = pd.DataFrame([read_run(path) | {"other": other} for path, other in paths.items()])
+    there = runs.method.unique()
+    if not set(only) <= set(there):
+        r.stop(f"--rows {','.join(only)}: there are finished runs of {', '.join(there)}")
+    if only:
+        runs = runs[runs.method.isin(only)]
     runs[MEASURES] = runs[MEASURES].astype(float)  # None becomes nan
-    for name, order in ("method", only or METHODS), ("dataset", r.DATASETS):
-        runs[name] = pd.Categorical(runs[name], list(order))  # sorted as these are
-    runs = runs.dropna(subset="method").assign(other=False)  # other: is only there to be paired with
-    runs["name"], runs["line"] = name_rows(runs), name_rows(runs, but=over)
-    runs["at"] = [settings.get(over) for settings in runs["settings"]]
+    runs["name"] = name_rows(runs)
+    runs["line"] = name_rows(runs, but=over)
+    runs["at"] = [settings.get(over) for settings in runs.settings]
     runs["size"] = pd.to_numeric(runs["at"], errors="coerce")
+    methods = dict.fromkeys([*only, *METHODS, *there])  # those of one's own come last
+    runs["method"] = pd.Categorical(runs.method, [*methods])
     order = ["dataset", "fid_features", "method", "line", "size", "seed"]
     runs = runs.sort_values(order, na_position="first", kind="stable", ignore_index=True)
-    known = runs.dropna(subset="data").drop_duplicates(["dataset", "data"])
-    twice = runs[runs.duplicated([*ROW, "seed"], keep=False)], known[known.duplicated("dataset", keep=False)]
-    for two, what in zip(twice, ("are the same row and seed", "learned different data")):
-        if len(two):
-            one, other, *_ = two["folder"]
-            r.stop(f"{one} and {other} {what}: leave one out")
+    refuse_unlike(runs)
     return runs
 
 
-def find_baselines(runs: pd.DataFrame) -> list[int]:
-    """For each run the place of the one that shows what it adds: GD of equal settings and seed. -1: none.
+def refuse_unlike(runs) -> None:
+    """Stop if two runs are the same row and seed, or do not belong in one report."""
+    refuse(runs[runs.duplicated([*ROW, "seed"], keep=False)], "are the same row and seed")
+    for _, group in runs.dropna(subset="data").groupby("dataset"):
+        refuse(group.drop_duplicates("data"), "learned different data")
+    # Of one seed the same real images are drawn: their FID shows which network it was taken with.
+    for _, group in runs.groupby(["dataset", "fid_features", "seed", "tasks", "order"]):
+        first = group.fid_real.iloc[0]
+        other = [not np.allclose(fid, first, rtol=1e-4, atol=0) for fid in group.fid_real]
+        refuse(pd.concat([group[:1], group[other]]), "have FIDs by different networks")
 
-    For a run of GD it is the one that differs in the fewest settings, and there is as usual.
+
+def refuse(unlike, what: str) -> None:
+    if len(unlike) > 1:
+        one, other, *_ = unlike.folder
+        r.stop(f"{one} and {other} {what}: leave one out")
+
+
+def find_baselines(runs) -> list[int]:
+    """For each run the place of the one that shows what it adds: GD of equal flags and seed.
+
+    For a run of GD it is the one that lacks the fewest of its flags. Where there is none, or more
+    than one, -1.
     """
-    settings, same, found = pd.DataFrame([*runs["settings"]]), ["dataset", "fid_features", "seed"], []
-    for i, run in runs.iterrows():
-        alike = (runs["method"] == "gd") & (runs[same] == run[same]).all(axis=1) & (runs.index != i)
-        own, gds = settings.loc[i], settings[alike]
-        differs = (gds != own) & gds.notna() & own.notna()
-        usual = pd.Series(usual_settings(run["dataset"], own["channels"])).reindex(settings.columns)
-        fits = ~differs | (gds == usual) if run["method"] == "gd" else ~differs
-        differences = differs.sum(axis=1)[fits.all(axis=1)]
-        alone = (differences == differences.min()).sum() == 1
-        found.append(differences.idxmin() if alone else -1)
+    found = []
+    same = runs[["dataset", "fid_features", "seed"]]
+    flags = find_flags(runs).drop(columns=OF_PENALTY, errors="ignore").fillna("")
+    for i, method in runs.method.items():
+        alike = (same == same.loc[i]).all(axis=1) & (runs.method == "gd") & (runs.index != i)
+        gds = flags[alike]
+        differs = gds != flags.loc[i]
+        fits = ~differs
+        if method == "gd":
+            fits |= gds == ""
+        lacks = differs.sum(axis=1)[fits.all(axis=1)]
+        fewest = lacks.index[lacks == lacks.min()]
+        found.append(fewest[0] if len(fewest) == 1 else -1)
     return found
 
 
 # ---- Numbers and tables.
 
 
-def statistics(values: pd.Series, bases: pd.Series) -> dict[str, float]:
+def statistics(values: pd.Series, bases: pd.Series, together=None) -> dict:
     """Of a measure of a row's runs, and of the runs that these are paired with (nan: none).
 
-    low and high are the 95% interval of the mean difference, by Student's t with a degree of freedom less than
-    pairs; the shares are these three in percent of the mean of the runs that they are paired with.
+    low and high are the 95% interval of the mean difference, by Student's t with a degree of
+    freedom less than pairs; the shares are these three in percent of the mean of the runs that they
+    are paired with. Of AFID low_together and high_together hold for so many comparisons at once.
     """
     d = (values - bases).dropna()
+    mean = d.mean()
     half = stats.t.ppf(0.975, len(d) - 1) * d.sem()
     line = {"mean": values.mean(skipna=False), "standard_error": values.sem(), "pairs": len(d)}
-    line |= {"difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half}
-    percent = 100 / bases[d.index].mean() if values.name in HAVE_SHARES else np.nan
-    shares = {"share": "difference", "share_low": "low", "share_high": "high"}
-    return line | {name: percent * line[number] for name, number in shares.items()}
+    line |= {"difference": mean, "low": mean - half, "high": mean + half}
+    if values.name in HAVE_SHARES:
+        share = 100 / bases[d.index].mean()
+        line |= {"share": share * mean}
+        line |= {"share_low": share * line["low"], "share_high": share * line["high"]}
+    if together and values.name == "AFID":
+        half = stats.t.ppf(1 - 0.025 / together, len(d) - 1) * d.sem()
+        line |= {"low_together": mean - half, "high_together": mean + half}
+    return line
 
 
-def spans(seeds: Sequence[int]) -> str:
+def spans(seeds: list[int]) -> str:
     """[0, 1, 2, 3, 4, 100] -> "0-4, 100"."""
-    parts = np.split(np.array(seeds), np.flatnonzero(np.diff(seeds) != 1) + 1)
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts)
+    parts = []
+    for part in np.split(seeds, np.flatnonzero(np.diff(seeds) != 1) + 1):
+        if len(part) > 2:
+            part = [f"{part[0]}-{part[-1]}"]
+        parts += map(str, part)
+    return ", ".join(parts)
 
 
-def of_penalty(row: pd.DataFrame) -> dict:
-    """Of a row's runs the mean curvature, the least and the largest c* and norm of mu, and the drift.
+def rounded(value: float, digits: int = 3) -> str:
+    """To so many digits: 602.4 -> "602", 0.0612 -> "0.0612"."""
+    return np.format_float_positional(value, precision=digits, fractional=False, trim="-")
 
-    Drift: how far the weights end from the old theta* along each direction, of length 1; root mean square.
+
+def of_penalty(row) -> dict:
+    """Of a row's runs the mean curvature, the least and the largest c* and norm of mu, and drift.
+
+    Drift: how far the weights end from the old theta* along each direction, of length 1; root mean
+    square.
     """
-    numbers = {"curvature": row["curvature"].explode().astype(float).mean()}
-    of_mu = METHODS[row["method"].iloc[0]].penalty in (r.Rank1Penalty, beyond.ProximalPenalty)
-    for column, name in (("c*", "c_star"), ("norm of mu", "mu_norm")):
-        values = [float(f"{fisher[name]:.2g}") for fishers in row["fisher"] for fisher in fishers if of_mu]
-        numbers[column] = f"{min(values):g} to {max(values):g}" if values else None
-    squares = []
-    for fishers, drift in zip(row["fisher"], row["drift"]):
-        norms = [fisher["mu_norm"] for fisher in fishers if "mu_norm" in fisher]
-        last = drift[-1] if norms else []  # of each task's direction or directions, task after task
-        squares += [(d / norms[i * len(norms) // len(last)]) ** 2 for i, d in enumerate(last)]
-    return numbers | {"drift": np.sqrt(np.mean(squares)) if squares else np.nan}
+    fishers = pd.DataFrame([*row.fisher.explode().dropna()])
+    energy = fishers.reindex(columns=["energy", "trace"]).bfill(axis=1)["energy"]
+    numbers = {"curvature": row.lam.iloc[0] * energy.mean(), "c*": None, "norm of mu": None}
+    method = METHODS.get(row.method.iloc[0])
+    if "c_star" in fishers and not (method and method.penalty is beyond.RankKPenalty):
+        least, most = fishers.min(), fishers.max()
+        for column, name in (("c*", "c_star"), ("norm of mu", "mu_norm")):
+            numbers[column] = f"{rounded(least[name], 2)} to {rounded(most[name], 2)}"
+    numbers["drift"] = np.nan
+    if "mu_norm" in fishers:
+        norms = np.reshape(fishers["mu_norm"], (len(row), -1, 1))  # a task may have many directions
+        last = np.reshape([drift[-1] for drift in row.drift], (*norms.shape[:2], -1))
+        numbers["drift"] = np.sqrt(np.mean((last / norms) ** 2))
+    return numbers
 
 
-def summarize(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """-> a line per row and measure, and remarks. "base" is the place of the run that a run is paired with."""
-    lines, notes = [], []
-    for key, row in runs[~runs["other"]].groupby(ROW, sort=False, dropna=False):
-        row, base = row.set_index("seed"), runs.reindex(row["base"]).set_axis(row["seed"])
-        of_row = dict(zip(ROW, key)) | {"lam": row["settings"].iloc[0].get("lam")} | of_penalty(row)
-        of_row |= {"seeds": spans(row.index), "against": next(iter(base["name"].dropna()), None)}
-        lines += [of_row | {"measure": name} | statistics(row[name], base[name]) for name in MEASURES]
-        name, d = row["name"].iloc[0], (row["AFID"] - base["AFID"]).dropna()
-        if len(row) >= 10 and row["forgetting"].notna().all():
-            change = ", ".join(f"{value:+.1f}" for value in np.mean([*row["change"]], axis=0))
-            notes.append(f"- {name}, change of each old task's FID since it was learned: {change}.")
-        if {*range(10)} <= {*d.index}:  # did the difference on the first five seeds replicate?
-            t = stats.ttest_ind(d.loc[0:4], d.loc[5:9], equal_var=False).pvalue
-            ranks = stats.mannwhitneyu(d.loc[0:4], d.loc[5:9]).pvalue
-            halves = f"{d.loc[0:4].mean():+.2f} on seeds 0-4, {d.loc[5:9].mean():+.2f} on seeds 5-9"
-            p = f"p = {t:.1g} by Welch's t, {ranks:.1g} by Mann-Whitney"
-            notes.append(f"- {name}, difference of AFID: {halves} (are these alike? {p}).")
-    scripts = runs["script"].value_counts(sort=False).items()
-    notes.append(f"- code: {', '.join(f'script {name} ({n} runs)' for name, n in scripts)}.")
+def notes_of_ten(row, base) -> list[str]:
+    """Of ten seeds: how old tasks changed, and whether the first five's difference replicated."""
+    notes = []
+    name = row.name.iloc[0]
+    d = (row.AFID - base.AFID).dropna()
+    if len(row) >= 10 and row.forgetting.notna().all():
+        change = [f"{value:+.1f}" for value in np.mean([*row.change], axis=0)]
+        told = f"change of each old task's FID since it was learned: {', '.join(change)}"
+        notes.append(f"- {name}, {told}.")
+    if d.index.isin(range(10)).sum() == 10:
+        old, new = d.loc[0:4], d.loc[5:9]
+        t = stats.ttest_ind(old, new, equal_var=False).pvalue
+        ranks = stats.mannwhitneyu(old, new).pvalue
+        halves = f"{old.mean():+.2f} on seeds 0-4, {new.mean():+.2f} on seeds 5-9"
+        p = f"p = {t:.1g} by Welch's t, {ranks:.1g} by Mann-Whitney"
+        notes.append(f"- {name}, difference of AFID: {halves} (are these alike? {p}).")
+    return notes
+
+
+def summarize(runs, together=None) -> tuple[pd.DataFrame, list[str]]:
+    """-> a line per row and measure, and remarks. "base": the place of a run's partner."""
+    lines = []
+    notes = []
+    unlike = []
+    for key, row in runs[~runs.other].groupby(ROW, sort=False, dropna=False):
+        row = row.set_index("seed")
+        base = runs.reindex(row.base).set_axis(row.index)
+        of_row = dict(zip(ROW, key)) | {"lam": row.settings.iloc[0].get("lam")}
+        of_row |= of_penalty(row) | {"seeds": spans(row.index)}
+        of_row["against"] = next(iter(base.name.dropna()), None)
+        for name in MEASURES:
+            numbers = statistics(row[name], base[name], together)
+            lines.append(of_row | {"measure": name} | numbers)
+        notes += notes_of_ten(row, base)
+        for seed in row.index[base.made.notna() & (base.made != row.made)]:
+            one, other = row.loc[seed], base.loc[seed]
+            unlike.append(f"{one.folder} ({one.made}) and {other.folder} ({other.made})")
+    scripts = runs.script.value_counts(sort=False).items()
+    scripts = [f"script {name} ({n} runs)" for name, n in scripts]
+    notes.append(f"- code: {', '.join(scripts)}.")
+    if unlike:
+        notes.append(f"- compared, but made in different ways: {'; '.join(unlike)}.")
     return pd.DataFrame(lines).dropna(subset="mean"), notes
 
 
-def markdown(rows: pd.DataFrame | Sequence[dict]) -> str:
-    """A table, "-" for None, its columns as wide as their widest cell; empty columns are left out."""
-    rounded = lambda v: f"{v:.{2 if abs(v) < 3 else 1}f}" if isinstance(v, float) and pd.notna(v) else v
-    table = pd.DataFrame(rows).astype(object).map(rounded).fillna("-").astype(str)
-    table = table.loc[:, (table != "-").any()]
-    table = table[sorted(table, key=lambda name: MEASURES.index(name) if name in MEASURES else -1)]
-    lines = [[*table.columns], *table.values.tolist()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines if line) + "\n"
+def in_cell(value) -> str:
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) < 3 else f"{value:.1f}"
+    return str(value)
+
+
+def markdown(rows) -> str:
+    """A table, "-" for None, its columns as wide as their widest cell; no empty columns."""
+    table = pd.DataFrame(rows).astype(object).map(in_cell)
+    columns = []
+    for name in table.columns[(table != "-").any()]:
+        width = max(len(name), table[name].str.len().max())
+        column = [name.ljust(width), "-" * width, *table[name].str.ljust(width)]
+        columns.append(column)
+    return "".join([f"| {' | '.join(line)} |\n" for line in zip(*columns)])
+
+
+def by_measure(words, content: str, columns: list[str]) -> str:
+    """A table with these columns, then `content` of each measure."""
+    words = words.astype(object).fillna("-")
+    table = words.pivot_table(content, columns, "measure", aggfunc="first", sort=False)
+    return markdown(table.reindex(columns=MEASURES).reset_index())
 
 
 def interval(mean: float, low: float, high: float, digits: int, unit: str = "") -> str:
     """ "-0.70 (-1.03 to -0.37)"; of a single pair the mean alone."""
-    around = "" if np.isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})"
-    return f"{mean:+.{digits}f}{unit}{around}"
-
-
-def in_words(lines: pd.DataFrame, first: list[str], further: list[str]) -> str:
-    """Two tables of summarize()'s lines, their `first` columns alike: the means, and the differences."""
-    words = lines.assign(means="", gaps="").astype(object)
-    for i, line in zip(words.index, lines.itertuples()):
-        digits, error = 2 if abs(line.mean) < 3 else 1, line.standard_error
-        around = "" if np.isnan(error) else f" ± {error:.{digits}f}"
-        words.loc[i, "means"] = f"{line.mean:.{digits}f}{around}"
-        words.loc[i, "gaps"] = interval(line.difference, line.low, line.high, 2)
-        if line.measure == "AFID":
-            words.loc[i, "gaps"] += f", {interval(line.share, line.share_low, line.share_high, 1, '%')}"
-    three_digits = partial(np.format_float_positional, precision=3, fractional=False, trim="-")
-    words["curvature"] = lines["curvature"].map(three_digits, na_action="ignore")
-    words["drift"] = lines["drift"].map("{:.1e}".format, na_action="ignore")
-    words, against = words.astype(object).fillna("-"), lines["against"].dropna().unique()
-    first = [name for name in ("dataset", "fid_features") if words[name].nunique() > 1] + first
-    by = {"columns": "measure", "aggfunc": "first", "sort": False}
-    text = markdown(words.pivot_table("means", [*first, *further, "seeds"], **by).reset_index())
-    if len(against):
-        words, told = words[lines["pairs"] > 0], ["against", "pairs"] if len(against) > 1 else ["pairs"]
-        text += f"\nMean difference from {' or '.join(against)}, seed by seed, and its 95% interval:\n\n"
-        text += markdown(words.pivot_table("gaps", [*first, *told], **by).reset_index())
+    text = f"{mean:+.{digits}f}{unit}"
+    if not np.isnan(low):
+        text += f" ({low:.{digits}f} to {high:.{digits}f})"
     return text
 
 
-def write(to: Path, lines: pd.DataFrame, *text: str) -> None:
+def in_words(lines, first: list[str], further: list[str]) -> str:
+    """Two tables of summarize()'s lines, with the `first` columns: means, and differences."""
+    means = []
+    gaps = []
+    for line in lines.itertuples():
+        digits = 2 if abs(line.mean) < 3 else 1
+        error = f" ± {line.standard_error:.{digits}f}"
+        means.append(f"{line.mean:.{digits}f}{error.replace(' ± nan', '')}")
+        gap = interval(line.difference, line.low, line.high, 2)
+        if line.measure == "AFID":
+            gap += f", {interval(line.share, line.share_low, line.share_high, 1, '%')}"
+            if "low_together" in lines and line.pairs > 1:
+                gap += f", together ({line.low_together:.2f} to {line.high_together:.2f})"
+        gaps.append(gap)
+    words = lines.assign(means=means, gaps=gaps)
+    words["curvature"] = lines.curvature.map(rounded, na_action="ignore")
+    words["drift"] = lines.drift.map("{:.1e}".format, na_action="ignore")
+    several = [name for name in ("dataset", "fid_features") if lines[name].nunique() > 1]
+    first = several + first
+    text = by_measure(words, "means", [*first, *further, "seeds"])
+    against = lines.against.dropna().unique()
+    if len(against):
+        further = ["against", "pairs"] if len(against) > 1 else ["pairs"]
+        what = f"Mean difference from {' or '.join(against)}, seed by seed, and its 95% interval"
+        table = by_measure(words[lines.pairs > 0], "gaps", [*first, *further])
+        text += f"\n{what}:\n\n{table}"
+    return text
+
+
+def write_text(path: Path, text: str) -> None:
+    with r.atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write(to: Path, lines, *text: str) -> None:
     """Print the text and write it to TO.md, and the lines, with their digits, to TO.csv."""
-    print("\n".join(text))
+    text = "\n".join([*text, ""])
     table = lines.to_csv(index=False, float_format="%.12g", lineterminator="\n")
-    for path, content in ((f"{to}.md", "\n".join([*text, ""])), (f"{to}.csv", table)):
-        with r.whole(Path(path)) as file:
-            file.write(content.encode())
-    print(f"In {to}.md, {to}.csv")
+    write_text(Path(f"{to}.md"), text)
+    write_text(Path(f"{to}.csv"), table)
+    print(f"{text}In {to}.md, {to}.csv")
+
+
+# ---- Pictures.
 
 
 def save(figure: Figure, path: Path) -> None:
-    with r.whole(path) as file:
-        figure.savefig(file, dpi=DPI)
+    with r.atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def setting_label(name: str) -> str:
+    name = re.sub("[_-]", " ", name)
+    return PLAIN_WORDS.get(name, name)
+
+
+def label(line: str) -> str:
+    """A row's name in words: "gd --lr 0.002" -> "gd, learning rate 0.002"."""
+    return re.sub(r" --(\S+) ", lambda flag: f", {setting_label(flag[1])} ", line)
+
+
+def number_axis(axes, which: str) -> None:
+    """Linear where all lies within a factor of five, or not above 0; else logarithmic."""
+    axis = getattr(axes, f"{which}axis")
+    low, high = getattr(axes.dataLim, f"interval{which}")
+    if 0 < 5 * low < high:
+        axes.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axis.set_minor_formatter("")
+    axis.set_major_formatter("{x:g}")
+
+
+def plot_afid(runs, path: Path) -> None:
+    """Figure 4: AFID after each task, with bands of one standard error.
+
+    Where the features are the paper's, its curves stand beside ours, dashed.
+    """
+    dataset, features = runs[["dataset", "fid_features"]].iloc[0]
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    colors = {}
+    for name, row in runs.groupby("line", sort=False):
+        afid = pd.DataFrame([*row.afid])
+        after = afid.columns + 1
+        mean, error = afid.mean(), afid.sem()
+        (curve,) = axes.plot(after, mean, label=f"{label(name)} ({len(row)})")
+        axes.fill_between(after, mean - error, mean + error, alpha=0.2)
+        colors[name] = curve.get_color()
+    for method, _, _, *numbers in published(dataset, features).dropna().itertuples():
+        style = {"color": colors.get(method), "fmt": "--", "label": f"paper: {method}"}
+        axes.errorbar(range(1, 6), numbers[:5], numbers[5:], capsize=2, **style)
+    axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", xticks=after)
+    axes.set_title(f"AFID after each task, {dataset}: the lower, the better")
+    number_axis(axes, "y")
+    axes.grid(alpha=0.3)
+    axes.legend(title="row (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
+def plot_samples(runs, path: Path) -> None:
+    """Figure 5: five samples of each of the first two classes, a row a row of Table 1.
+
+    Cut out of the samples-task*.png of one seed: all start from the same noises.
+    """
+    runs = runs[runs.seed == runs.seed.min()]
+    dataset, order, count = runs[["dataset", "class_order", "tasks"]].iloc[0]
+    order = order or [*range(10)]  # of older runs
+    size = len(order) // count
+    tasks = np.linspace(1, count, min(count, 5)).round().astype(int)
+    figure = Figure(figsize=(2 + 1.5 * len(tasks), 1 + 0.7 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), len(tasks), squeeze=False)
+    for axes, task in zip(panels[0], tasks):
+        learned = spans(order[(task - 1) * size : task * size])
+        axes.set_title(f"after task {task}:\nclasses {learned}", fontsize=10)
+    for axes_of_run, run in zip(panels, runs.itertuples()):
+        name = f"{PLAIN_WORDS.get(run.method, run.method)}\n({label(run.line)})"
+        axes_of_run[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, task in zip(axes_of_run, tasks):
+            axes.set(xticks=[], yticks=[], frame_on=False, box_aspect=0.4)
+            picture = run.folder / f"samples-task{task}.png"
+            if picture.exists():
+                image = imread(picture)
+                cell = image.shape[1] // 10  # ten samples to a row, with a margin of 2
+                axes.imshow(image[2 : 2 * cell, 2 : 5 * cell], interpolation="nearest")
+    figure.suptitle(f"{dataset}: what is generated for the first two classes, after each task")
+    save(figure, path)
+
+
+def plot_lines(lines, over: str, path: Path) -> None:
+    """Over a setting differences with 95% intervals; or else means, with standard errors."""
+    what = "mean and standard error"
+    lines = lines.assign(y=lines["mean"], half=lines.standard_error)
+    paired = lines.pairs.any()
+    if paired:
+        lines = lines.assign(y=lines.difference, half=lines.high - lines.difference)
+        lines = lines.dropna(subset="y")
+        against = " or ".join(lines.against.unique())
+        what = f"difference from {label(against)} and its 95% interval"
+    if not (lines.groupby("line").x.nunique() > 2).any():
+        return  # two points are read in the table
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
+        points = lines[lines.measure == measure]
+        for name in lines.line.unique():  # in each panel, as its color depends on its place
+            own = points[points.line == name]
+            text = label(name)
+            if over == "curvature":
+                text += f": lambda {', '.join(own.lam)}"
+            axes.errorbar(own.x, own.y, own.half, fmt="o-", label=text, capsize=3)
+        if paired:
+            axes.axhline(0, color="black", lw=0.8)
+        size = points.y.abs()
+        number_axis(axes, "x")
+        if size.max() > 20 * max(1, size.median()):  # a far point would flatten all others
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter("{x:g}")
+        elif not paired:  # differences have 0 among them
+            number_axis(axes, "y")
+        axes.set(xlabel=setting_label(over), title=measure)
+        axes.grid(alpha=0.3)
+    dataset = " and ".join(lines.dataset.unique())
+    figure.suptitle(f"{dataset}, {what} over {setting_label(over)}: the lower, the better")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save(figure, path)
 
 
 # ---- The first form: Table 1, Figure 4 and Figure 5 of the paper.
 
 
 def published(dataset: str, features: str) -> pd.DataFrame:
-    """The paper's numbers, a line per method; none where FIDs on our features cannot stand beside them."""
+    """The paper's numbers, a line per method; none where our FIDs cannot stand beside them."""
     table = pd.read_csv(PAGES / "published.csv", index_col="method")
-    return table[(table["dataset"] == dataset) & features.startswith("inception") & ("limit" not in features)]
+    comparable = features.startswith("inception") and "limit" not in features
+    return table[(table["dataset"] == dataset) & comparable]
 
 
-def setting_note(runs: pd.DataFrame) -> str:
-    """What the FID is taken on, that of real images, and by which settings the runs differ from the paper's."""
-    dataset, features, other = runs["dataset"].iloc[0], runs["fid_features"].iloc[0], []
-    for name, paper in usual_settings("mnist" if dataset == "digits" else dataset).items():
-        values = {settings.get(name, paper) for settings in runs["settings"]} - {paper}
-        other += [f"{name} {', '.join(sorted(values))} (paper {paper})"] if values else []
+def setting_note(runs) -> str:
+    """What the FID is taken on, that of real images, and the settings that are not the paper's."""
+    dataset, features = runs[["dataset", "fid_features"]].iloc[0]
+    paper = usual_settings("imagenet32" if dataset == "imagenet32" else "mnist")
+    other = []
+    for name, value in paper.items():
+        values = {settings.get(name, value) for settings in runs.settings} - {value}
+        if values:
+            other.append(f"{name} {', '.join(sorted(values))} (paper {value})")
     setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
-    real = f"in the samples' place real training images have {np.mean([*runs['fid_real']]):.1f}"
-    return f"- {dataset}: FID on features of {features} (the paper's: inception); {real}; {setting}."
+    fid = f"FID on features of {features} (the paper's: inception)"
+    real = f"in the samples' place real training images have {np.mean([*runs.fid_real]):.1f}"
+    return f"- {dataset}: {fid}; {real}; {setting}."
 
 
-def table_1(folders: Sequence[Path], to: Path, only: Sequence[str] = ()) -> None:
-    """Table 1 of all finished runs below these folders, or of `only` these methods, into the folder TO.
+def table_1(folders: list[Path], to: Path, only=()) -> None:
+    """Table 1 of all finished runs below these folders, or of `only` these methods, in a folder.
 
-    With Figure 4, and 5 where a run's pictures are kept; or Figure 5 alone to a PNG.
+    With Figure 4, and Figure 5 where a run's pictures are kept.
     """
     runs = read_runs(folders, only)
-    groups = {names: group for names, group in runs.groupby(["dataset", "fid_features"])}
-    for names, group in groups.items():
-        picture = to / f"{'-'.join(['figure5', *(names if len(groups) > 1 else [])])}.png"
-        if to.suffix == ".png" or any((run / "samples-task1.png").exists() for run in group["folder"]):
-            plot_samples(group, to if to.suffix == ".png" else picture)
-    if to.suffix == ".png":
-        return
-    plot_afid(groups, to / "figure4.png")
+    groups = dict([*runs.groupby(["dataset", "fid_features"])])
     lines, notes = summarize(runs.assign(base=find_baselines(runs)))
     lines = lines.rename(columns={"line": "method"}).drop(columns="at")
-    papers = {names: published(*names)["AFID / forgetting"] for names in groups}
-    rows = zip(lines["dataset"], lines["fid_features"], lines["method"])
-    lines["paper"] = [papers[dataset, features].get(method) for dataset, features, method in rows]
-    notes = [*map(setting_note, groups.values()), *notes]
-    write(to / "table1", lines, in_words(lines, ["method"], ["curvature", "paper"]), LEGEND, *notes)
-
-
-def plot_afid(groups: dict[tuple, pd.DataFrame], path: Path) -> None:
-    """Figure 4: AFID after each task, a panel a dataset and kind of features, bands of one standard error.
-
-    Where the features are the paper's, its curves stand beside ours, dashed, with bars of a standard error.
-    """
-    figure = Figure(figsize=(7.5 * len(groups), 4), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, ((dataset, features), runs) in zip(panels, groups.items()):
-        after, colors = np.arange(1, len(runs["fid_real"].iloc[0]) + 1), {}
-        for name, row in runs.groupby("line", sort=False):
-            curves = np.array([*row["afid"]]) * np.ones(len(after))  # of joint training one point: of no task
-            mean, error = curves.mean(0), stats.sem(curves) if len(row) > 1 else 0
-            style = {"ls": ":" if name.startswith("joint") else "-", "label": f"{name} ({len(row)})"}
-            colors[name] = axes.plot(after, mean, **style)[0].get_color()
-            axes.fill_between(after, mean - error, mean + error, color=colors[name], alpha=0.2, lw=0)
-        for method, _, _, *curve in published(dataset, features).dropna().itertuples():
-            style = {"color": colors.get(method, "black"), "ls": "--", "label": f"paper: {method}"}
-            axes.errorbar(range(1, 6), curve[:5], curve[5:], capsize=2, **style)
-        axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", title=dataset)
-        axes.set(yscale="log", xticks=after)
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-        axes.grid(alpha=0.3)
-        axes.legend(title="row (seeds)", fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, path)
-
-
-def plot_samples(runs: pd.DataFrame, path: Path) -> None:
-    """Figure 5: five samples of each of the first two classes, a row a row of Table 1, a column a task.
-
-    Cut out of the samples-task*.png of one seed: all start from the same noises.
-    """
-    runs, dataset = runs[runs["seed"] == runs["seed"].min()], runs["dataset"].iloc[0]
-    tasks, classes = len(runs["fid_real"].iloc[0]), 1000 if dataset == "imagenet32" else 10
-    named = dataset in r.PUBLISHED  # of another dataset the number of classes is not known
-    word = "digits" if dataset in ("digits", "mnist") else "classes"
-    columns = sorted({round(k) for k in np.linspace(1, tasks, min(tasks, 5))})
-    width, height = 206 + 178 * len(columns), 96 + 84 * len(runs)  # pixels, of which a panel takes 166 x 66
-    where = {"left": 202 / width, "right": 1 - 8 / width, "top": 1 - 90 / height, "bottom": 24 / height}
-    figure = Figure(figsize=(width / DPI, height / DPI))
-    where |= {"wspace": 12 / 166, "hspace": 18 / 66}
-    panels = figure.subplots(len(runs), len(columns), squeeze=False, gridspec_kw=where)
-    for axes, k in zip(panels[0], columns):
-        learned = spans(range((k - 1) * classes // tasks, k * classes // tasks)).replace(",", "")
-        axes.set_title(f"after task {k}" + f":\n{word} {learned}" * named, fontsize=10)
-    for axes_of_run, run in zip(panels, runs.itertuples()):
-        label = f"{PLAIN_WORDS.get(run.method, run.method)}\n({run.line})"
-        axes_of_run[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        for axes, k in zip(axes_of_run, columns):
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            picture = run.folder / f"samples-task{k}.png"  # cells of 32 pixels, margins of 2
-            if picture.exists():
-                image = imread(picture)[2:68, 2:168].copy()
-                image[32:34], image[:, [i for i in range(166) if i % 34 > 31]] = 1, 1
-                axes.imshow(image, interpolation="nearest")
-            elif k == tasks or run.method != "joint":
-                axes.text(0.5, 0.5, "missing", ha="center", va="center", transform=axes.transAxes)
-    figure.suptitle("What is generated for the first two classes, after each task", fontsize=12)
-    save(figure, path)
+    papers = []
+    for line in lines.itertuples():
+        paper = published(line.dataset, line.fid_features)["AFID / forgetting"]
+        papers.append(paper.get(line.method))
+    lines["paper"] = papers
+    settings = [setting_note(group) for group in groups.values()]
+    words = in_words(lines, ["method"], ["curvature", "paper"])
+    write(to / "table1", lines, words, LEGEND, *settings, *notes)
+    for names, group in groups.items():
+        name = f"-{'-'.join(names)}.png" if len(groups) > 1 else ".png"
+        plot_afid(group, to / f"figure4{name}")
+        if any((folder / "samples-task1.png").exists() for folder in group.folder):
+            plot_samples(group, to / f"figure5{name}")
 
 
 # ---- The second form: runs over a setting.
 
 
-def compare(folders: Sequence[Path], over: str, to: Path, against: Sequence[Path] = ()) -> None:
-    """TO.md and TO.csv: runs over a setting, or over lambda as curvature; TO.png of three points or more.
+def compare(folders: list[Path], over: str, to: Path, against=(), together=None) -> None:
+    """TO.md and TO.csv: runs over a setting, or over curvature; TO.png of three points or more.
 
-    Each run is compared with its baseline of GD, or with that of the same seed among `against`, a single row.
+    Each run is compared with its baseline of GD, or with that of the same seed among `against`, a
+    single row.
     """
     setting = "lam" if over == "curvature" else over
-    runs = read_runs([*folders, *against], over=setting)
-    if runs["fid_features"].nunique() > 1:
-        r.stop("FIDs on features of different networks cannot be compared: compare their runs apart")
-    runs["other"] = [any(map(folder.is_relative_to, against)) for folder in runs["folder"]]
-    others = runs[runs["other"]]
+    runs = read_runs(folders, over=setting, against=against)
+    if runs.fid_features.nunique() > 1:
+        r.stop("FIDs on features of different networks cannot be compared: compare runs apart")
+    others = runs[runs.other]
     if len(others.drop_duplicates(ROW)) > 1:
         r.stop("--against takes the runs of one row, a seed each: name others apart")
-    of_seed = dict(zip(others["seed"], others.index))
-    runs["base"] = runs["seed"].map(of_seed).fillna(-1) if against else find_baselines(runs)
-    lines, notes = summarize(runs)
+    runs["base"] = find_baselines(runs)
+    if against:
+        runs["base"] = runs.seed.map(dict(zip(others.seed, others.index))).fillna(-1)
+    lines, notes = summarize(runs, together)
+    if together:
+        told = f"the interval that holds for {together} comparisons at once (Bonferroni)"
+        notes.insert(0, f"- together: {told}.")
     lines[setting] = lines.pop("at")
     words = in_words(lines, ["line", setting], ["curvature", "c*", "norm of mu", "drift"])
-    write(to, lines, words, f"- FID on features of {runs['fid_features'].iloc[0]}.", *notes)
-    numbers = pd.to_numeric(lines[over], errors="coerce")
-    lines["x"] = numbers if numbers.notna().any() else lines[over]
-    lines = lines.dropna(subset=["x", "difference" if lines["pairs"].any() else "x"])
-    if lines.groupby("line")["x"].nunique().max() > 2:  # two points are read in the table
-        plot_lines(lines, over, Path(f"{to}.png"))
-
-
-def plot_lines(lines: pd.DataFrame, over: str, path: Path) -> None:
-    """Draw over a setting how far runs lie from others, with 95% intervals; or else means, with standard errors."""
-    paired, numeric = lines["pairs"].any(), pd.api.types.is_numeric_dtype(lines["x"])
-    half = lines["high"] - lines["difference"] if paired else lines["standard_error"]
-    lines = lines.assign(y=lines["difference" if paired else "mean"], half=half.fillna(0))
-    size, low, high = lines["y"].abs() + lines["half"], lines["x"].min(), lines["x"].max()
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
-        for name, marker in zip(lines["line"].unique(), 4 * "os^Dv"):
-            own = lines[(lines["line"] == name) & (lines["measure"] == measure)]
-            label = name + (" (sum over all axes)" if over == "curvature" and name.startswith("diag") else "")
-            label += f": lambda {', '.join(own['lam'])}" if over == "curvature" else ""
-            style = {"marker": marker, "ls": "-" if numeric else "", "capsize": 3, "alpha": 0.8}
-            axes.errorbar(own["x"], own["y"], own["half"], label=label, **style)
-        setting = f"--{over.replace('_', '-')}"
-        axes.set(xlabel="curvature that the penalty adds" if over == "curvature" else setting, title=measure)
-        if numeric and 0 < 10 * low < high:
-            axes.set_xscale("log")
-        if paired:
-            axes.axhline(0, color="black", lw=0.8)
-        if paired and size.max() > 20 * size.median():  # a far point would flatten all others
-            axes.set_yscale("symlog", linthresh=1)
-            axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    what = f"Difference from {' or '.join(lines['against'].unique())}" if paired else "Mean"
-    bars = ("95% interval" if paired else "standard error") if lines["half"].any() else "of one seed"
-    figure.suptitle(f"{what}, {bars}")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save(figure, path)
+    write(to, lines, words, f"- FID on features of {runs.fid_features.iloc[0]}.", *notes)
+    lines["x"] = pd.to_numeric(lines[over], errors="coerce")
+    plot_lines(lines.dropna(subset="x"), over, Path(f"{to}.png"))
 
 
 # ---- The other forms.
 
 
-def sample(run: Path, classes: Sequence[int], to: Path) -> None:
-    """Let the model of a finished run generate ten images of each class, a row a class, into a PNG."""
-    config = r.read_result(run / "result.json")["config"]
-    with r.or_stop(f"{run / 'model.pt'} is missing or damaged", "train it with --fresh"):
-        weights = r.load_whole(run / "model.pt", torch.device("cpu"))
-        num_classes, in_channels = len(weights["class_embedding.weight"]), weights["conv_in.weight"].shape[1]
-        model = r.UNet(in_channels, num_classes, config["channels"], config["layers_per_block"]).eval()
-        model.load_state_dict(weights)
-    for c in {*classes} - {*range(num_classes)}:
-        r.stop(f"--classes {c}: {run} has learned the classes 0 to {num_classes - 1}")
-    size, y = 8 if config["dataset"] == "digits" else 32, torch.tensor(classes).repeat_interleave(10)
-    noise = torch.randn(len(y), in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    images = (r.ddim_sample(model, noise, y, config["sample_steps"]) + 1) / 2
-    with r.whole(to) as file:
-        save_image(interpolate(images, 64), file, "png", nrow=10)
+def sample(run: Path, classes: list[str], to: Path) -> None:
+    """Let a finished run's model generate ten images of each of these classes, a row a class."""
+    result = r.read_result(run / "result.json")
+    config = result["config"]
+    weights = r.load_tensors(run / "model.pt", torch.device("cpu"), "train it with --fresh")
+    size = 8 if result["dataset"] == "digits" else 32
+    older = [weights["conv_in.weight"].shape[1], size, size]
+    shape = result.get("shape", older)
+    order = result.get("class_order", range(len(weights["class_embedding.weight"])))
+    labels = {str(c): label for label, c in enumerate(order)}
+    for c in classes:
+        if c not in labels:
+            r.stop(f"--classes {c}: {run} has learned the classes 0 to {len(order) - 1}")
+    model = r.UNet(shape[0], len(order), config["channels"], config["layers_per_block"])
+    model.load_state_dict(weights)
+    y = torch.tensor([labels[c] for c in classes]).repeat_interleave(10)
+    noise = torch.randn(len(y), *shape, generator=r.rng(y.device, "sample"))
+    images = r.ddim_sample(model.eval(), noise, y, config["sample_steps"])
+    if not images.isfinite().all():
+        r.stop(f"{run / 'model.pt'} has weights that are not finite: train it with --fresh")
+    images = interpolate((images + 1) / 2, scale_factor=max(1, 64 // shape[-1]))
+    with r.atomic_write(to) as file:
+        save_image(images, file, format="png", nrow=10)
     print(f"In {to}")
 
 
-def tally(tables: Sequence[Path], to: Path) -> None:
-    """Count in how many rows of these CSVs a penalty that is added to GD changes AFID; write a table of these.
+def summary(folders: list[Path], to: Path) -> None:
+    """README's table: AFID and forgetting of each method, by the number of tasks."""
+    runs = read_runs(folders)
+    rows = [{"": "real images"}]
+    for tasks, of_tasks in runs.groupby("tasks"):
+        rows[0][f"{tasks} tasks, AFID"] = f"{np.mean([*of_tasks.fid_real]):.1f}"
+    for method, group in runs.groupby("method", sort=False, observed=True):
+        row = {"": PLAIN_WORDS.get(method, method)}
+        for tasks, measure in itertools.product(runs.tasks.unique(), ("AFID", "forgetting")):
+            values = group[group.tasks == tasks][measure].dropna()
+            if len(values):
+                error = f"{values.mean():.1f} ± {values.sem():.1f} ({len(values)})"
+                row[f"{tasks} tasks, {measure}"] = error
+        rows.append(row)
+    write_text(to, markdown(rows))
+    print(f"In {to}")
+
+
+def tally(tables: list[Path], to: Path) -> None:
+    """Count in how many rows of these CSVs a penalty that is added to GD changes AFID.
 
     A row is its line, lambda, seeds and baseline; one that stands in several tables counts once.
     """
-    with r.or_stop("these are not the tables of a report", "name CSV files that it wrote"):
-        parts = [pd.read_csv(path, dtype={"lam": str}).assign(table=path.stem) for path in tables]
-        lines = pd.concat(parts)
-        if "method" in lines:
-            lines["line"] = lines.get("line", lines["method"]).fillna(lines["method"])
-        lines[["line", "against", "measure", "difference"]]
-    added = [name for name, method in METHODS.items() if method.penalty and method.distill]
-    lines = lines[
-        lines["line"].str.split().str[0].isin(added) & lines["against"].str.match("gd( |$)", na=False)
-    ]
-    rows = lines[(lines["measure"] == "AFID") & (lines["pairs"] > 1)]
+    parts = []
+    for path in tables:
+        part = pd.read_csv(path, dtype={"lam": str}).assign(table=path.stem)
+        parts.append(part.rename(columns={"method": "line"}))
+    lines = pd.concat(parts).dropna(subset=["line", "lam", "against"])
+    on_gd = lines.against.str.match("gd( |$)") & ~lines.line.str.match("(diag|rank1)-only")
+    rows = lines[on_gd].query("measure == 'AFID' and pairs > 1")
     rows = rows.drop_duplicates(["seeds", "difference", "low", "high"])
-    helps, hurts = rows[rows["high"] < 0], rows[rows["low"] > 0]
+    helps = rows.query("high < 0")
+    hurts = rows.query("low > 0")
     shown = pd.concat([helps, hurts])
-    shown["AFID"] = [interval(*numbers, 2) for numbers in shown[["difference", "low", "high"]].values]
-    shown = shown[["table", "line", "lam", "seeds", "AFID"]]
-    text = f"""A penalty was added to GD in {len(rows)} rows of the tables here (each counted once, where it stands in
-several). The 95% interval of the AFID's difference lies below 0 in {len(helps)} of them and above 0 in {len(hurts)};
-chance alone would put {len(rows) / 40:.1f} on either side. Rows share runs, so they are not independent. The {len(shown)} rows:
-
-{markdown(shown)}"""
+    numbers = shown[["difference", "low", "high"]].to_numpy()
+    shown["AFID"] = [interval(*three, 2) for three in numbers]
+    text = (
+        f"A penalty was added to GD in {len(rows)} rows of the tables here (each counted once, "
+        "where it stands in\nseveral). The 95% interval of the AFID's difference lies below 0 in "
+        f"{len(helps)} of them and above 0 in {len(hurts)};\nchance alone would put "
+        f"{len(rows) / 40:.1f} on either side. Rows share runs, so they are not independent. "
+        f"The {len(shown)} rows:\n\n"
+    )
+    text += markdown(shown[["table", "line", "lam", "seeds", "AFID"]])
     print(text)
-    with r.whole(to) as file:
-        file.write(text.encode())
+    write_text(to, text)
 
 
 def include(text: Path) -> None:
-    """Renew in a text what stands between "<!-- include: FILE -->" and "<!-- end -->", from FILE."""
+    """Renew in a text what stands between "<!-- include: FILE -->" and "<!-- end -->"."""
+
+    def renewed(match: re.Match) -> str:
+        return match[1] + Path(match[2]).read_text(encoding="utf-8") + match[3]
+
     pattern = r"(<!-- include: (.+?) -->\n).*?(<!-- end -->)"
-    parts = re.split(pattern, text.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for i in range(1, len(parts), 4):  # before, the opening line, FILE, the closing line, ..
-        parts[i + 1] = Path(parts[i + 1]).read_text(encoding="utf-8")
-    with r.whole(text) as file:
-        file.write("".join(parts).encode())
+    old = text.read_text(encoding="utf-8")
+    write_text(text, re.sub(pattern, renewed, old, flags=re.DOTALL))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Report on all runs below folders or, as the flags say, do another of the things that stand above."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.error, form = r.stop, parser.add_mutually_exclusive_group()
-    parser.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
-    settings = [*{*usual_settings("digits")} - {"dataset", "method", "seed"}, "curvature"]
-    form.add_argument("--over", choices=settings, help="compare runs over this setting, or over curvature")
-    form.add_argument("--sample", action="store_true", help="let the model of a run generate images")
-    form.add_argument("--include", action="store_true", help="renew the tables that these texts include")
-    form.add_argument("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
-    parser.add_argument("--to", type=r.folder, help="folder or name of what is written")
-    parser.add_argument("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="show these methods")
-    parser.add_argument("--classes", type=r.numbers, help="of which --sample generates images: 3,7")
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Report on all runs below folders or, as the flags say, do another of the things above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = r.stop
+    add = parser.add_argument
+    settings = [*(usual_settings("digits").keys() - NOT_COMPARED), "curvature"]
+    add("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
+    add("--over", choices=settings, help="compare runs over this setting, or over curvature")
+    add("--sample", action="store_true", help="let the model of a run generate images")
+    add("--include", action="store_true", help="renew the tables that these texts include")
+    add("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
+    add("--summary", action="store_true", help="README's table: methods by the number of tasks")
+    add("--to", type=r.folder, help="folder or name of what is written")
+    add("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
+    add("--together", type=r.positive, help="intervals that hold for so many comparisons at once")
+    add("--rows", type=names, default=[], help="show these methods: finetune,gd")
+    add("--classes", type=names, default=[], help="of which --sample generates images: 3,7")
     args = parser.parse_args(argv)
-    if (args.over and not args.to) or (args.against and not args.over) or args.sample != bool(args.classes):
-        r.stop("name folders of runs; or runs, --over SETTING and --to NAME; or --sample RUN --classes 3,7")
+    lacks_over = (args.against or args.together) and not args.over
+    if lacks_over or (args.over and not args.to) or (args.sample and not args.classes):
+        r.stop("give folders of runs; or runs, --over and --to; or --sample RUN --classes 3,7")
     first = args.paths[0]
+    to = args.to or first
     try:
         if args.over:
-            compare(args.paths, args.over, args.to, args.against)
+            compare(args.paths, args.over, to, args.against, args.together)
         elif args.sample:
             sample(first, args.classes, args.to or first / "samples.png")
         elif args.tally:
             tally(args.paths, args.to or PAGES / "tally.md")
+        elif args.summary:
+            summary(args.paths, to)
         elif args.include:
-            [include(path) for path in args.paths]
+            for path in args.paths:
+                include(path)
+        elif to.suffix == ".png":
+            plot_samples(read_runs(args.paths, args.rows), to)
         else:
-            table_1(args.paths, args.to or first, args.rows)
+            table_1(args.paths, to, args.rows)
     except OSError as error:
         r.stop(f"{error.filename or error} cannot be read or written")
 
