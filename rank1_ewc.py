@@ -49,7 +49,6 @@ from functools import cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
@@ -1404,13 +1403,13 @@ def end_task(cfg, state: State) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour, which then takes the name: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=".rank1_ewc-", delete=False) as file:
-        try:
+    temporary = path.with_name(f".rank1_ewc-{os.urandom(4).hex()}")
+    try:
+        with open(temporary, "wb") as file:
             yield file
-            file.close()
-            os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path, device: torch.device, advice: str) -> dict:
@@ -1478,16 +1477,9 @@ def refuse_other(cfg, settings: dict, script: str, path: Path) -> None:
         stop(f"{made}: {START_OVER}, or bring back the script that made it")
 
 
-def delete_run(out: Path) -> None:
-    for name in (
-        "result.json",
-        "checkpoint.pt",
-        "model.pt",
-        "log.jsonl",
-        "samples-*.png",
-        "replay-*.png",
-    ):
-        for file in out.glob(name):
+def delete(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for file in folder.glob(pattern):
             file.unlink()
 
 
@@ -1648,13 +1640,13 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             cfg.out.mkdir(parents=True, exist_ok=True)
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
-            with (
-                filelock.FileLock(cfg.out / ".lock", blocking=False)
-                if rank() == 0
-                else nullcontext()
-            ):
-                if cfg.fresh and rank() == 0:
-                    delete_run(cfg.out)
+            lock = filelock.FileLock(cfg.out / ".lock", blocking=False)
+            with lock if rank() == 0 else nullcontext():
+                if rank() == 0:
+                    delete(cfg.out, ".rank1_ewc-*")  # half-written files of a run that was killed
+                if rank() == 0 and cfg.fresh:
+                    delete(cfg.out, "result.json", "checkpoint.pt", "model.pt", "log.jsonl")
+                    delete(cfg.out, "samples-task*.png", "replay-task*.png")
                 result = begin_run(cfg, device)
             picture = cfg.out / f"samples-task{cfg.tasks}.png"
             told = f"Look at {picture}; beside it are result.json, log.jsonl and model.pt"

@@ -1361,6 +1361,7 @@ def test_one_process_goes_on_where_one_or_two_were_killed(finished, launcher, st
     assert killed.returncode == status
     assert len(read_log(RUN)) == 5  # of seven checkpoints two were at a task's end
     assert r.main(argv)["afid"] == pytest.approx(expected, rel=error)
+    assert [*RUN.glob(".rank1_ewc-*")] == []  # the half-written file is gone
 
 
 @pytest.mark.slow
