@@ -135,6 +135,7 @@ $(call study,long-test,long-chain,lam,$(LONG),$(patsubst %,long/%+replay-per-cla
 $(call study,long-rank1,long-chain,lam,$(LONG),long/rank1+lam=300+replay-per-class=50,long/diag+lam=10+replay-per-class=50)
 # long-chain: Table 1 of these runs, and their AFID along the chain
 $(call study,long-chain,long-chain,,$(LONG),$(patsubst %,long/%+replay-per-class=50,gd rank1+lam=300 diag+lam=10))
+# The runs of orders and fashion16 are all of commit 448216d: make them in a worktree of it, and bring them here.
 # orders-pilot: the long chain with the classes in random orders: which strength of each brake, on seeds 200 and 201
 $(call study,orders-pilot,long-chain,lam,200 201,$(addprefix orders/,gd rank1+lam=0 rank1+lam=100 rank1+lam=300 \
   rank1+lam=1000 isotropic+lam=1 isotropic+lam=10 isotropic+lam=100))
