@@ -678,7 +678,7 @@ DATA = r.Data(IMAGES, LABELS, IMAGES[TEST].flip(2), LABELS[TEST])
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """tiny(flag, ..) runs five tasks of two grey classes: three steps each, no network for the FID."""
+    """tiny(flag, ..) runs five tasks of two grey classes: three steps each, an FID of four pixels."""
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: DATA, ""))
     monkeypatch.setattr(r, "classifier_features", lambda *_: four_pixels)
     monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)
@@ -1023,7 +1023,8 @@ import os, signal, sys, torch
 def state():
     flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
     handler = signal.getsignal(signal.SIGTERM)
-    return dict(os.environ), sys.stdout, torch.get_num_threads(), handler, flags, torch.initial_seed()
+    torch_state = torch.get_num_threads(), torch.initial_seed(), flags
+    return dict(os.environ), sys.stdout, handler, torch_state
 before = state()
 from rank1_ewc import rank1_fisher
 assert state() == before
@@ -1459,10 +1460,10 @@ def test_fashion16_has_the_means_of_2x2_pixels_of_a_thousand_images_a_class(monk
 
 @pytest.mark.slow
 def test_beyond_takes_the_scripts_flags_and_its_runs_are_told_from_the_scripts_own():
-    argv = ["--method=rank4", "--tasks=2", *QUICK, "--out=run"]
+    argv = ["--method=rank4", "--tasks=2", *QUICK, "--limit=9", "--out=run"]
     assert "digits, rank4: FID" in python("-m", "results.beyond", *argv).stdout
     assert "with beyond.py" in r.read_result(RUN / "result.json")["script"]
-    refused = python(SCRIPT, "--tasks=2", *QUICK, "--out=run", check=False)
+    refused = python(SCRIPT, "--tasks=2", *QUICK, "--limit=9", "--out=run", check=False)
     assert refused.returncode == 2
     assert "--method rank4, not rank1" in refused.stderr
 
