@@ -1419,7 +1419,7 @@ def test_the_shuffled_fisher_is_that_of_shuffled_pixels_at_the_energy_of_the_tru
     assert_close(mu, own_mu)
     energy = own_c_star * mu.norm() ** 2
     assert_close(c_star * mu.norm() ** 2, true_c_star * true_mu.norm() ** 2)
-    assert told["own_energy"] == pytest.approx(energy.item())
+    assert told["own_energy"] == pytest.approx(energy.item(), rel=1e-4)
     cosine = torch.cosine_similarity(mu, true_mu, 0)
     assert told["cos_true_mu"] == pytest.approx(cosine.item(), abs=1e-5)
 
@@ -1501,9 +1501,9 @@ def test_where_all_gradients_lie_on_a_line_its_geometry_is_that_of_rank_1(monkey
     numbers, mu, cos = geometry.geometry(model, data, loss=loss)
     assert_close(mu / mu.norm(), direction / direction.norm())
     assert_close(cos, torch.ones(12))
-    assert numbers["top_share"] == pytest.approx(1)
+    assert numbers["top_share"] == pytest.approx(1, rel=1e-4)
     assert numbers["error"]["c* mu mu^T"] == pytest.approx(0, abs=1e-3)
-    assert numbers["error"]["mu mu^T"] == pytest.approx(abs(1 - 1 / numbers["c_star"]))
+    assert numbers["error"]["mu mu^T"] == pytest.approx(abs(1 - 1 / numbers["c_star"]), rel=1e-4)
     assert numbers["eigenvalues"][0] == pytest.approx(numbers["energy"], rel=1e-4)
 
 
