@@ -1,8 +1,8 @@
 """Class-incremental continual learning of a diffusion model: distillation and rank-1 EWC.
 
 "Avoid Catastrophic Forgetting with Rank-1 Fisher from Diffusion Models", Wang, Gupta, Dong,
-MacLellan, ICLR 2026, arXiv 2509.23593. Part I is the paper and stands on its own. Part II is what
-it learns with (network, data, FID), Part III what a run needs besides (settings, checkpoints, ..).
+MacLellan, ICLR 2026, arXiv 2509.23593. Part I is the paper and stands on its own. Part II has its
+network, data and FID, Part III what a run needs besides (settings, checkpoints, ..).
 
     python rank1_ewc.py --epochs 90                             # 8x8 digits: minutes on a laptop
     python rank1_ewc.py --dataset mnist --method rank1          # the paper's run: hours on a GPU
@@ -465,7 +465,7 @@ class Rank1Penalty:
 class DiagonalPenalty:
     """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC (arXiv 1612.00796).
 
-    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + rest, with
+    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + constant, with
     H = sum_k F_k.
     """
 
@@ -473,7 +473,7 @@ class DiagonalPenalty:
         self.lam = from_zero("lambda", lam)
         self.H = 0.0  # (D,) after the first task
         self.center = 0.0  # (D,)
-        self.rest = 0.0
+        self.constant = 0.0
 
     @torch.no_grad()
     def add(self, fisher: Tensor, theta: Tensor) -> dict[str, float]:
@@ -481,14 +481,14 @@ class DiagonalPenalty:
         H = self.H + fisher
         share = torch.where(H > 0, fisher / H, 0.0)  # of this theta* in the weighted mean of all
         moved = theta - self.center
-        self.rest += dot(self.H * share, moved.square())
+        self.constant += dot(self.H * share, moved.square())
         self.center = self.center + share * moved
         self.H = H
         return {"trace": float(fisher.sum())}
 
     def squares(self, theta: Tensor) -> Tensor:
         """sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, a scalar."""
-        return (self.H * (theta - self.center).square()).sum() + self.rest
+        return (self.H * (theta - self.center).square()).sum() + self.constant
 
     def drift(self, theta: Tensor) -> Tensor:
         """The root of that sum, one number for all old tasks. (1,)."""
@@ -605,9 +605,8 @@ def evaluate(cfg, model: nn.Module, tasks: list["Data"], features: Callable, dev
     """FID features (N, d) of samples, for each task as many as test images, of the same labels."""
     sampled = []
     for k, task in enumerate(tasks):
-        generator = rng(
-            device, cfg.seed, "FID", k
-        )  # the same after every task: only the model changes
+        # The same after every task, so that only the model changes.
+        generator = rng(device, cfg.seed, "FID", k)
         noise = torch.randn(task.test_x.shape, generator=generator, device=device)
         y = task.test_y.to(device)
         images = sample_images(cfg, model, noise, y, cfg.sample_steps, f"samples of task {k + 1}")
@@ -634,8 +633,7 @@ def begin_task(cfg, state: "State") -> None:
     """The model becomes the frozen teacher and the start of --ema's average; Adam starts afresh."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
-    fused = cfg.device == "cuda" or None  # all weights in a few kernels
-    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr, fused=fused)
+    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr)
     if cfg.ema:
         state.average = flat(trainable(state.model)).detach()
 
@@ -689,11 +687,11 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     return finish(cfg, state)
 
 
-# The paper has ended. What follows is what it learns with, and what a long run needs.
+# The paper has ended. Below are its network, its data and its metric, and what a long run needs.
 
 
 # ==================================================================================================
-# PART II: WHAT IT LEARNS WITH: the paper's network, its data and its metric
+# PART II: NETWORK, DATA AND METRIC
 # ==================================================================================================
 
 # ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel
@@ -701,16 +699,6 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 
 HEAD_CHANNELS = 8  # of each head of attention
 PAPER_CHANNELS = [128, 256, 256, 256]
-
-
-class GroupNorm(nn.GroupNorm):
-    """In its input's precision: autocast's way, by float32, took a sixth of a step on a GPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        bias = self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class TimeEmbedding(nn.Module):
@@ -734,10 +722,10 @@ class Resnet(nn.Module):
 
     def __init__(self, c_in, c_out, temb_channels, groups, dropout, resample=None):
         super().__init__()
-        self.norm1 = GroupNorm(groups, c_in)
+        self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, c_out)
-        self.norm2 = GroupNorm(groups, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -755,7 +743,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = GroupNorm(groups, channels)
+        self.group_norm = nn.GroupNorm(groups, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -820,9 +808,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         temb_channels = 4 * channels[0]
-        groups = max(
-            8, channels[0] // 4
-        )  # 32 of the paper's 128 channels, 8 of its small network's 16
+        groups = max(8, channels[0] // 4)  # the paper's 32 for 128 channels
         multiple = math.lcm(groups, HEAD_CHANNELS)
         if any(c % multiple for c in channels):
             raise ValueError(f"channels {channels} must be multiples of {multiple}")
@@ -860,7 +846,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
             c_in = c
 
-        self.conv_norm_out = GroupNorm(groups, channels[0])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
 
     @staticmethod
@@ -1148,9 +1134,8 @@ def fid_of_real_images(
     fid = []
     for task, real_features in zip(tasks, real):
         drawn = []
-        for c, n in zip(
-            *task.test_y.unique(return_counts=True)
-        ):  # as many of each class as to test
+        classes, counts = task.test_y.unique(return_counts=True)
+        for c, n in zip(classes, counts):  # as many of each class as there are to test
             x = task.x[task.y == c]
             drawn.append(x[torch.randperm(len(x), generator=generator)[:n]])
         fid.append(frechet_distance(real_features, features(torch.cat(drawn))))
@@ -1636,7 +1621,7 @@ def main(argv: list[str] | None = None) -> dict:
         if finished.exists() and not cfg.fresh:
             result = read_result(finished)
             refuse_other(cfg, result["config"], result["script"], finished)
-            told = f"{finished} holds this finished run; --fresh starts it over"
+            message = f"{finished} holds this finished run; --fresh starts it over"
         else:
             cfg.out.mkdir(parents=True, exist_ok=True)
             # The only run that writes into --out: the kernel drops the lock if its holder dies.
@@ -1649,11 +1634,11 @@ def main(argv: list[str] | None = None) -> dict:
                     delete(cfg.out, "samples-task*.png", "replay-task*.png")
                 result = begin_run(cfg, device)
             picture = cfg.out / f"samples-task{cfg.tasks}.png"
-            told = f"Look at {picture}; beside it are result.json, log.jsonl and model.pt"
+            message = f"Look at {picture}; beside it are result.json, log.jsonl and model.pt"
     except KeyboardInterrupt as interrupt:
         (status,) = interrupt.args or (signal.SIGINT,)
-        told = "interrupted; the same command, without --fresh, goes on from the last checkpoint"
-        print(f"\nrank1_ewc: {told}", file=sys.stderr)
+        message = "interrupted; the same command, without --fresh, goes on from the last checkpoint"
+        print(f"\nrank1_ewc: {message}", file=sys.stderr)
         raise SystemExit(128 + status) from None
     except FloatingPointError as error:
         stop(f"{error}: lower --lr (now {cfg.lr:g}) or --lam (now {cfg.lam:g})")
@@ -1661,19 +1646,18 @@ def main(argv: list[str] | None = None) -> dict:
         stop(f"another run writes into {cfg.out}: wait for it, or name another folder with --out")
     except OSError as error:
         stop(f"{error.filename or cfg.out} cannot be read or written ({error.strerror or error})")
-    say(f"{table(result)}\n{told}")
+    say(f"{table(result)}\n{message}")
     return result
 
 
 def program() -> None:
     """main() as a program of its own."""
 
-    def terminate(
-        number, _
-    ):  # SIGTERM, a cluster's warning, acts as Ctrl-C does, with its own status
+    def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    # SIGTERM, a cluster's warning, acts as Ctrl-C does, with its own exit status.
+    signal.signal(signal.SIGTERM, interrupt)
     main()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -128,19 +128,19 @@ def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> tuple:
     shuffled = x.flatten(2).gather(2, order.expand(-1, x.shape[1], -1)).view_as(x)
     mu, c_star = r.rank1_fisher(model, shuffled, y, n, generator, loss)
     norm, true_norm = mu.norm(), true_mu.norm()
-    told = {
+    numbers = {
         "cos_true_mu": float(mu @ true_mu / (norm * true_norm)),
         "own_energy": float(c_star * norm**2),
     }
-    return mu, true_c_star * true_norm**2 / norm**2, told
+    return mu, true_c_star * true_norm**2 / norm**2, numbers
 
 
 class ShuffledPenalty(r.Rank1Penalty):
     """A rank-1 penalty that passes shuffled_fisher's numbers on to result.json."""
 
     def add(self, fisher: tuple, theta: Tensor) -> dict[str, float]:
-        mu, c_star, told = fisher
-        return super().add((mu, c_star), theta) | told
+        mu, c_star, numbers = fisher
+        return super().add((mu, c_star), theta) | numbers
 
 
 # ---- FashionMNIST at 16x16: real pictures, learned on a laptop.
