@@ -9,6 +9,7 @@
     python -m results.report --include README.md       # renew the tables that a text includes
     python -m results.report --tally results/pages/*/*.csv   # how often a penalty helps GD
     python -m results.report RUN .. --summary --to summary.md  # README's table
+    python -m results.report TEST.csv PILOT.csv .. --tradeoff --to NAME.png   # new against old tasks
 
 The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the
 first folder; the second lambda.md, lambda.csv and, where there are three points or more,
@@ -539,6 +540,45 @@ def plot_lines(lines, over: str, path: Path) -> None:
     save(figure, path)
 
 
+def plot_tradeoff(tables: list[Path], path: Path) -> None:
+    """By how much the rows of a test differ from GD in tasks just learned, and in forgetting.
+
+    tables: CSVs that --over wrote, the test's and then its pilot's. A cross has a row's two 95%
+    intervals at the test, a thin line goes through its strengths on the pilot, of which those far
+    outside all crosses are not in the picture; a dotted line joins what has the same AFID.
+    """
+    test, *pilots = [pd.read_csv(table).dropna(subset="difference") for table in tables]
+    axis = ["FID just learned", "forgetting"]  # x and y; their sum is AFID
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(0, 0, "k+", ms=12, label="gd", ls="")
+    colors = {"gd": "grey"}
+    for name, row in test.groupby("line", sort=False):
+        row = row.set_index("measure").loc[axis]
+        x, y = row.difference
+        half_x, half_y = row.high - row.difference
+        cross = axes.errorbar(x, y, half_y, half_x, fmt="o", capsize=3, label=label(name))
+        colors[name.split()[0]] = cross[0].get_color()
+
+    pilot = pd.concat(pilots)
+    pilot["strength"] = pilot.lam.fillna(pilot.lr)
+    for name, row in pilot.groupby("line"):
+        points = row.pivot(index="strength", columns="measure", values="difference")[axis]
+        axes.plot(*points.T.to_numpy(), ".-", lw=0.8, color=colors.get(name, "grey"))
+        for strength, point in points.iterrows():
+            axes.annotate(f"{strength:g}", point, fontsize=7, clip_on=True)
+    for afid in range(-40, 41, 2):
+        axes.axline((afid, 0), slope=-1, color="grey", ls=":", lw=0.5)
+    ends = test.assign(end=test[["low", "high"]].abs().max(axis=1))
+    width, height = 1.3 * ends.groupby("measure").end.max()[axis]
+    axes.set(xlim=(-width, width), ylim=(-height, height))
+    axes.set(xlabel="FID of tasks just learned, difference from GD's")
+    axes.set(ylabel="forgetting, difference from GD's")
+    axes.set_title("Down: less is forgotten; left: new tasks are learned better")
+    axes.legend()
+    save(figure, path)
+
+
 # ---- The first form: Table 1, Figure 4 and Figure 5 of the paper.
 
 
@@ -722,6 +762,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--include", action="store_true", help="renew the tables that these texts include")
     add("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
     add("--summary", action="store_true", help="README's table: methods by the number of tasks")
+    add("--tradeoff", action="store_true", help="draw new tasks against old ones, of these CSVs")
     add("--to", type=r.folder, help="folder or name of what is written")
     add("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
     add("--together", type=r.positive, help="intervals that hold for so many comparisons at once")
@@ -742,6 +783,8 @@ def main(argv: list[str] | None = None) -> None:
             tally(args.paths, args.to or PAGES / "tally.md")
         elif args.summary:
             summary(args.paths, to)
+        elif args.tradeoff:
+            plot_tradeoff(args.paths, to)
         elif args.include:
             for path in args.paths:
                 include(path)
