@@ -451,7 +451,9 @@ def plot_afid(runs, path: Path) -> None:
 
     Where the features are the paper's, its curves stand beside ours, dashed.
     """
-    dataset, features = runs[["dataset", "fid_features"]].iloc[0]
+    first = runs.iloc[0]
+    dataset, features, count = first[["dataset", "fid_features", "tasks"]]
+    classes = len(first.class_order or range(10)) // count  # older runs have no order
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     colors = {}
@@ -466,7 +468,8 @@ def plot_afid(runs, path: Path) -> None:
         style = {"color": colors.get(method), "fmt": "--", "label": f"paper: {method}"}
         axes.errorbar(range(1, 6), numbers[:5], numbers[5:], capsize=2, **style)
     axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", xticks=after)
-    axes.set_title(f"AFID after each task, {dataset}: the lower, the better")
+    what = "1 class" if classes == 1 else f"{classes} classes"
+    axes.set_title(f"AFID on {count} tasks of {what}, {dataset}: the lower, the better")
     number_axis(axes, "y")
     axes.grid(alpha=0.3)
     axes.legend(title="row (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
