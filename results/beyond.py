@@ -1,17 +1,18 @@
-"""Beyond the paper, and an example of how to extend rank1_ewc.py without editing it: rows added to METHODS.
+"""Beyond the paper, and an example of how to extend rank1_ewc.py without editing it.
 
-    python -m results.beyond --method rank4 --lam 25      # all other flags are those of rank1_ewc.py
+    python -m results.beyond --method rank4 --lam 25    # all other flags are those of rank1_ewc.py
 
+Rows are added to METHODS:
 rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the high timesteps alone.
 rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
-rank1-eig, rank2, rank4: the top eigenvectors of F = E[g g^T] in mu's place, with their eigenvalues as c.
+rank1-eig, rank2, rank4: F's top eigenvectors in mu's place, with their eigenvalues as c*.
 isotropic: F's trace, shared out evenly: a pull to theta* that knows no direction, as a control.
-rank1-shuffled: mu of images whose pixels were shuffled, at the strength of the true mu: another direction.
+rank1-shuffled: mu of images whose pixels were shuffled, at the strength of the true mu.
 
 A dataset is added too: fashion16, FashionMNIST at 16x16, ten tasks of one class in a random order.
 
-A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS, and a program
-that adds the row and calls the script's own, as the last lines here do.
+A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS,
+and a program that adds the row and calls the script's own, as the last lines here do.
 """
 
 import hashlib
@@ -44,7 +45,10 @@ def loss_in(first: int, end: int) -> Callable:
 
 
 class ProximalPenalty(r.Rank1Penalty):
-    """Rank-1 EWC outside the gradient: there a stiff penalty enters Adam's second moment and shrinks steps."""
+    """Rank-1 EWC outside the gradient.
+
+    In it a stiff penalty enters Adam's second moment, and makes every step shorter.
+    """
 
     def __call__(self, theta: Tensor) -> Tensor:
         return super().__call__(theta).detach()
@@ -73,19 +77,22 @@ def gradients_kept(model: nn.Module) -> int:
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """F = G^T G / N's eigenvalues (N,), falling, and first k eigenvectors (k, D), of gradients G (N, D)."""
-    # From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
+    """All eigenvalues (N,), falling, and k eigenvectors (k, D) of F = G^T G / N, G (N, D).
+
+    From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
+    """
     values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
-    values, U = values.flip(0).clamp(min=1e-30), U.flip(1)
-    return values, (U[:, :k] / (len(G) * values[:k]).sqrt()).T.to(
-        G
-    ) @ G  # v_j = G^T u_j / sqrt(N lambda_j)
+    values = values.flip(0).clamp(min=1e-30)
+    U = U.flip(1)
+    top = U[:, :k] / (len(G) * values[:k]).sqrt()  # v_j = G^T u_j / sqrt(N lambda_j)
+    return values, top.T.to(G) @ G
 
 
 def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, k=1) -> tuple:
-    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,), of n gradients or as many as are kept.
+    """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,).
 
-    Every process computes all of it. ValueError: fewer than k gradients.
+    They are those of n gradients, or of as many as can be kept. Every process computes all of it.
+    ValueError: fewer than k gradients.
     """
     n = min(n, gradients_kept(model))
     if n < k:
@@ -100,7 +107,7 @@ def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, k=1) -> tup
 
 
 class RankKPenalty(r.Rank1Penalty):
-    """(lam/2) sum_k sum_j lambda_kj (v_kj^T (theta - theta*_k))^2: a rank-1 penalty for each eigenvector."""
+    """(lam/2) sum_k sum_j lambda_kj (v_kj^T (theta - theta*_k))^2: rank-1 for each eigenvector."""
 
     def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> dict[str, float]:
         """The numbers are those of the top eigenpair: its energy is lambda_1."""
@@ -109,7 +116,7 @@ class RankKPenalty(r.Rank1Penalty):
 
 
 def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> Tensor:
-    """F as a multiple of the identity with F's trace, tr(F) / D for every weight (D,): what EWC must beat."""
+    """A multiple of the identity with F's trace, tr(F) / D for every weight (D,)."""
     diagonal = r.diagonal_fisher(model, x, y, n, generator, loss)
     return diagonal.mean().expand_as(diagonal)
 
@@ -118,10 +125,10 @@ def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> Tenso
 
 
 def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> tuple:
-    """mu (D,) and c* of images x whose pixels were shuffled, each image its own way; and two numbers to keep.
+    """mu (D,) and c* of images x whose pixels were shuffled, each image its own way.
 
-    c* is rescaled so that c* ||mu||^2 is that of the true images. The numbers: the cosine of the two mu, and
-    what c* ||mu||^2 was before.
+    c* is rescaled so that c* ||mu||^2 is that of the true images. With them come two numbers to
+    keep: the cosine of the two mu, and what c* ||mu||^2 was before.
     """
     true_mu, true_c_star = r.rank1_fisher(model, x, y, n, generator, loss)
     order = torch.rand(len(x), 1, x[0, 0].numel(), generator=generator, device=x.device).argsort(2)
@@ -147,7 +154,7 @@ class ShuffledPenalty(r.Rank1Penalty):
 
 
 def load_fashion16(data_dir: Path) -> r.Data:
-    """28x28 padded to 32x32, then the mean of 2x2 pixels; the first 1,000 and 200 images of each class."""
+    """Padded to 32x32, then the mean of 2x2 pixels; the first 1,000 and 200 of each class."""
     x, y, test_x, test_y = r.load_torchvision("FashionMNIST", data_dir)
 
     def few(images, labels, n):

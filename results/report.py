@@ -9,7 +9,7 @@
     python -m results.report --include README.md       # renew the tables that a text includes
     python -m results.report --tally results/pages/*/*.csv   # how often a penalty helps GD
     python -m results.report RUN .. --summary --to summary.md  # README's table
-    python -m results.report TEST.csv PILOT.csv .. --tradeoff --to NAME.png   # new against old tasks
+    python -m results.report TEST.csv PILOT.csv .. --tradeoff --to NAME.png  # new against old tasks
 
 The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the
 first folder; the second lambda.md, lambda.csv and, where there are three points or more,
