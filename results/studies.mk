@@ -17,14 +17,14 @@ results/runs/%/result.json: | .venv/installed
 results/runs/%/model.pt: | .venv/installed
 	$(call program,$(*F),$(firstword $(subst /, ,$*))) $($(firstword $(subst /, ,$*))) --method $(call flags,$(*F)) --out $(@D) --fresh
 
-# $(call study,name,page,over,seeds,runs,against): a run is taken with all seeds, or with that in its name; without
-# `over` it is a Table 1. With CHECK=1 no run is made.
+# $(call study,name,page,over,seeds,runs,against,together): a run is taken with all seeds, or with that in its name;
+# without `over` it is a Table 1; `together`: of so many comparisons, for Bonferroni. With CHECK=1 no run is made.
 results = $(foreach run,$(2),$(if $(findstring +seed=,$(run)),$(run),$(1:%=$(run)+seed=%)))
 define rule
 runs-$(1) := $(addprefix results/runs/,$(call results,$(4),$(5)))
 against-$(1) := $(addprefix results/runs/,$(call results,$(4),$(6)))
 $(1): $(if $(CHECK),,$$(addsuffix /result.json,$$(runs-$(1)) $$(against-$(1)))) | .venv/installed
-	$$(PY) -m results.report $$(runs-$(1)) $(if $(6),--against $$(against-$(1))) \
+	$$(PY) -m results.report $$(runs-$(1)) $(if $(6),--against $$(against-$(1))) $(7:%=--together %) \
 	  $(if $(3),--over $(3) --to results/pages/$(2)/$(1),--to results/pages/$(2))
 endef
 study = $(eval $(rule))
@@ -138,12 +138,22 @@ $(call study,long-chain,long-chain,,$(LONG),$(patsubst %,long/%+replay-per-class
 # The runs of orders and fashion16 are all of commit 448216d: make them in a worktree of it, and bring them here.
 # orders-pilot: the long chain with the classes in random orders: which strength of each brake, on seeds 200 and 201
 $(call study,orders-pilot,long-chain,lam,200 201,$(addprefix orders/,gd rank1+lam=0 rank1+lam=100 rank1+lam=300 \
-  rank1+lam=1000 isotropic+lam=1 isotropic+lam=10 isotropic+lam=100))
+  rank1+lam=1000 isotropic+lam=1 isotropic+lam=10 isotropic+lam=100 rank1-shuffled+lam=0 rank1-shuffled+lam=300))
 # orders-rate: is it a smaller step that helps there? the learning rate of GD, on the same seeds
 $(call study,orders-rate,long-chain,lr,200 201,$(addprefix orders/,gd gd+lr=1e-3 gd+lr=2e-3 gd+lr=8e-3))
 # orders-proximal: the strength of the proximal step whose drift is nearest to rank-1's there, on the same seeds
 $(call study,orders-proximal,long-chain,lam,200 201,$(addprefix orders/,gd rank1-proximal+lam=1e4 \
   rank1-proximal+lam=1e5 rank1-proximal+lam=1e6 rank1-proximal+lam=1e7))
+# orders-test: each brake against GD there, on sixteen seeds that chose nothing
+ORDERS := $(shell seq 220 235)
+$(call study,orders-test,long-chain,lam,$(ORDERS),$(addprefix orders/,gd rank1+lam=300 gd+lr=1e-3 isotropic+lam=10 \
+  rank1-shuffled+lam=300),,4)
+# orders-rate-test: rank-1 EWC against GD at its best learning rate, seed by seed; the rule has four comparisons
+$(call study,orders-rate-test,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orders/gd+lr=1e-3,4)
+# orders-isotropic: the same against the brake that knows no direction
+$(call study,orders-isotropic,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orders/isotropic+lam=10,4)
+# orders-shuffled: the same against the direction of shuffled images
+$(call study,orders-shuffled,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orders/rank1-shuffled+lam=300,4)
 
 # summary: the README's table, of five tasks and of ten
 SUMMARY := $(foreach m,joint finetune diag,$(foreach s,$(FIVE),falling/$(m)+seed=$(s)))
@@ -204,7 +214,7 @@ movement: .venv/installed
 LISTED := $(shell sed -n 's/^\# \([a-z0-9-]*\): .*/\1/p' results/studies.mk)
 # Every table anew from the runs that are there; then the pages that include them. It trains nothing.
 NOT_CHECKED := forgetting exercises fisher fisher-fashion movement relearning
-NOT_CHECKED += orders-pilot orders-rate orders-proximal# whose runs are not all made
+NOT_CHECKED += orders-proximal orders-test orders-rate-test orders-isotropic orders-shuffled# runs are missing
 CHECKED := $(filter-out $(NOT_CHECKED),$(LISTED))
 check-numbers: .venv/installed  # the maintainer's
 	$(MAKE) --no-print-directory CHECK=1 $(CHECKED)
