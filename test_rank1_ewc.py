@@ -443,17 +443,14 @@ def test_after_a_fisher_each_module_is_in_the_mode_that_it_was_in(fisher):
 
 
 def test_processes_divide_the_work_of_a_fisher_and_of_a_training_step(monkeypatch):
-    mu, _ = taken(r.rank1_fisher, Denoiser(), 130)  # two batches
-    diagonal = taken(r.diagonal_fisher, Denoiser(), 130)
-    sums = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: sums.append(v.clone()))
+    diagonal = taken(r.diagonal_fisher, Denoiser(), 130)  # two batches
+    shares = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: shares.append(v.clone()))
     monkeypatch.setattr(r, "world", lambda: 2)
     for process in (0, 1):
         monkeypatch.setattr(r, "rank", Mock(return_value=process))
-        taken(r.rank1_fisher, Denoiser(), 130)  # two sums
         taken(r.diagonal_fisher, Denoiser(), 130)
-    assert_close((sums[0] + sums[3]) / 130, mu)
-    assert_close((sums[2] + sums[5]) / 130, diagonal)
+    assert_close(sum(shares) / 130, diagonal)
     student = small_unet()
     batch = small_batch()
     loss = papers_loss(student, *[v[1::2] for v in batch]).mean()
@@ -704,7 +701,7 @@ def test_each_methods_row_does_what_its_name_says(tiny, spy, method):
     assert (result["lam"] > 0) == penalizes
     assert len(result["fisher"]) == len(result["drift"]) == 4 * penalizes
     assert [row.count(None) for row in result["fid"]] == ([0] if joint else [4, 3, 2, 1, 0])
-    assert joint == (result["forgetting"] is None) == (result["fid_pooled"] is not None)
+    assert (result["fid_pooled"] is not None) == joint
 
 
 @pytest.mark.parametrize(("decay", "rates"), [("linear", [3, 2, 1]), ("none", [3, 3, 3])])
