@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import cleanfid.features
-import cleanfid.fid
 import filelock
 import numpy as np
 import pandas as pd
@@ -111,8 +110,8 @@ def per_image(v):
     return v[:, None, None, None]
 
 
-def small_images(n=6, size=8):
-    images = torch.randint(256, (n, 1, size, size), dtype=torch.uint8, generator=generator())
+def small_images(n=6):
+    images = torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator())
     return images, torch.arange(n) % 10
 
 
@@ -162,11 +161,10 @@ ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 def test_add_noise_is_the_papers_formula_for_points_sequences_images_and_volumes(shape):
     x0 = torch.randn(shape)
     eps = torch.randn(shape)
-    t = torch.tensor([0, 300, 999])
-    noisy = r.add_noise(x0, t, eps)
-    for i in range(3):
-        abar = ABAR[t[i]]
-        exact = math.sqrt(abar) * x0[i] + math.sqrt(1 - abar) * eps[i]
+    times = [0, 300, 999]
+    noisy = r.add_noise(x0, torch.tensor(times), eps)
+    for i, t in enumerate(times):
+        exact = math.sqrt(ABAR[t]) * x0[i] + math.sqrt(1 - ABAR[t]) * eps[i]
         assert_close(noisy[i], exact, atol=1e-4, rtol=0)
 
 
@@ -207,9 +205,8 @@ def test_images_have_one_conversion_and_what_it_does_not_take_is_refused():
     for wrong in (images.long(), images.float(), images / 255, floats * math.nan):
         with pytest.raises(ValueError, match="images must be uint8, or floats in -1..1"):
             r.to_float(wrong)
-        for fisher in FISHERS:
-            with pytest.raises(ValueError, match="images must be uint8"):
-                fisher(Denoiser(), wrong, y, 6, generator())
+        with pytest.raises(ValueError, match="images must be uint8"):
+            next(r.fisher_batches(wrong, y, 6, generator()))
 
 
 def test_odd_batches_and_predictions_that_would_broadcast_are_refused():
@@ -266,7 +263,7 @@ def test_one_student_pass_denoises_real_rows_and_imitates_a_teacher_on_replayed_
     exact = torch.autograd.grad(denoise + distill, student.parameters())
     assert_close(gradient, exact, rtol=1e-3, atol=1e-5)
     denoise, distill = r.losses(student, None, x0, t, eps, y)  # all rows are real
-    assert_close(denoise.item(), ((ours - eps) ** 2).mean().item())
+    assert_close(denoise, ((ours - eps) ** 2).mean())
     assert distill == 0
 
 
@@ -330,14 +327,11 @@ def test_the_fishers_match_per_sample_gradients_c_star_over_fresh_draws(n):
 
 
 class MergingLinear(torch.nn.Linear):
-    """eval() changes its weights, and train() changes them back, as in a LoRA layer that merges."""
-
-    merged = False
+    """eval() changes its weights, as that of a LoRA layer that merges."""
 
     def train(self, mode=True):
-        if mode == self.merged:
-            self.weight.data *= 0.5 if mode else 2
-            self.merged = not mode
+        if not mode:
+            self.weight.data *= 2
         return super().train(mode)
 
 
@@ -369,9 +363,8 @@ class Denoiser(torch.nn.Module):
         if kind == "in place":
             x.mul_(2)
         inputs = torch.cat([x.flatten(1), self.classes(y), t[:, None] / 1000], 1)
-        h = torch.tanh(self.net(inputs.to(self.net.weight.dtype)))
-        if kind in ("a module twice", "tied weights"):
-            h = h + torch.tanh(self.again(2 * inputs))
+        inputs = inputs.to(self.net.weight.dtype)
+        h = torch.tanh(self.net(inputs)) + torch.tanh(self.again(2 * inputs))
         if kind == "batch norm":
             h = self.norm(h)
         if kind == "no_grad":
@@ -441,31 +434,25 @@ def test_what_no_fisher_can_be_taken_of_is_an_error(fisher):
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
-def test_a_fisher_is_taken_in_eval_mode_and_each_modules_mode_is_as_before(fisher):
-    model = Denoiser("batch norm").train()
+def test_after_a_fisher_each_module_is_in_the_mode_that_it_was_in(fisher):
+    model = Denoiser()
     model.net.eval()
-    modes = []
-    hook = model.register_forward_pre_hook(lambda model, _: modes.append(model.norm.training))
+    modes = [module.training for module in model.modules()]
     taken(fisher, model)
-    hook.remove()
-    assert set(modes) == {False}
-    assert (model.training, model.net.training, model.norm.training) == (True, False, True)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_processes_divide_the_work_of_a_fisher_and_of_a_training_step(monkeypatch):
-    mu, _ = taken(r.rank1_fisher, Denoiser(), 130)  # two batches
-    diagonal = taken(r.diagonal_fisher, Denoiser(), 130)
-    sums = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: sums.append(v.clone()))
+    diagonal = taken(r.diagonal_fisher, Denoiser(), 130)  # two batches
+    shares = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda v: shares.append(v.clone()))
     monkeypatch.setattr(r, "world", lambda: 2)
     for process in (0, 1):
         monkeypatch.setattr(r, "rank", Mock(return_value=process))
-        taken(r.rank1_fisher, Denoiser(), 130)  # two sums
         taken(r.diagonal_fisher, Denoiser(), 130)
-    assert_close((sums[0] + sums[3]) / 130, mu)
-    assert_close((sums[2] + sums[5]) / 130, diagonal)
+    assert_close(sum(shares) / 130, diagonal)
     student = small_unet()
-    batch = small_batch(6)
+    batch = small_batch()
     loss = papers_loss(student, *[v[1::2] for v in batch]).mean()
     exact = torch.autograd.grad(loss / 2, student.parameters())
     r.train_step(student, None, None, torch.optim.SGD(student.parameters()), batch)
@@ -537,17 +524,16 @@ NUMBERS = {  # that a penalty keeps of three tasks: theta* only once
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_a_penalty_its_gradient_and_its_drift_equal_the_formula_with_stored_weights(kind):
     fishers = three_fishers(kind)
+    theta = THETA.clone().requires_grad_()
     value = 0
-    gradient = 0
     drift = []
     for fisher, star in zip(fishers, STARS):
-        F = as_matrix(fisher)
-        moved = THETA - star
-        value += 7 / 2 * moved @ F @ moved
-        gradient += 7 * F @ moved
+        moved = theta - star
+        value = value + 7 / 2 * moved @ as_matrix(fisher) @ moved
         if kind is not r.DiagonalPenalty:
             drift.append(fisher[0].view(-1, 50) @ moved)
     drift = torch.cat(drift or [(value / 3.5).sqrt()[None]])
+    (gradient,) = torch.autograd.grad(value, theta)
 
     stars = STARS.clone().requires_grad_()  # as flat(model.parameters()) without a detach()
     penalty = penalty_of(kind, fishers, stars)
@@ -556,13 +542,12 @@ def test_a_penalty_its_gradient_and_its_drift_equal_the_formula_with_stored_weig
     torch.save(vars(penalty), "penalty.pt")
     again = kind(0.0)
     assert again(THETA) == 0  # before the first task
-    vars(again).update(torch.load("penalty.pt", weights_only=True))
+    vars(again).update(torch.load("penalty.pt"))
     kept = [v.numel() for v in vars(again).values() if torch.is_tensor(v)]
     assert sum(kept) == NUMBERS[kind]
 
-    theta = THETA.clone().requires_grad_()
     again(theta).backward()
-    assert_close(again(THETA), value)
+    assert_close(again(theta), value)
     assert_close(theta.grad, gradient, rtol=1e-4, atol=1e-4)
     assert_close(again.drift(THETA), drift, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -608,16 +593,18 @@ def test_a_training_step_is_one_step_of_adam_on_the_sum_of_the_papers_three_term
     theta = weights_of(student)
     fisher = torch.ones_like(theta), torch.tensor(1e-4)  # its gradient is as large as the losses'
     penalty = penalty_of(r.Rank1Penalty, [fisher], [theta - 1e-4], lam=3.0)
-    exact = [*r.losses(student, teacher, *batch), penalty(r.flat(student.parameters()))]
+    by_hand = copy.deepcopy(student)
+    exact = [*r.losses(by_hand, teacher, *batch), penalty(r.flat(by_hand.parameters()))]
     assert min(exact) > 0
-    g = r.flat(torch.autograd.grad(sum(exact), student.parameters()))
+    sum(exact).backward()
+    torch.optim.Adam(by_hand.parameters(), lr=1e-2, eps=1.0).step()
     for p in student.parameters():
         p.grad = torch.ones_like(p)  # of some earlier step
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, eps=1.0)
     terms = r.train_step(student, teacher, penalty, optimizer, batch)
     assert_close(terms, torch.stack(exact).detach(), rtol=1e-4, atol=1e-6)
-    step = -1e-2 * g / (g.abs() + 1)  # Adam's first, with eps 1
-    assert (weights_of(student) - theta - step).norm() < 1e-3 * step.norm()
+    step = weights_of(by_hand) - theta
+    assert_close_to_its_largest(weights_of(student) - theta, step, 1e-3)
 
 
 def epoch_of(*when, replay=True):
@@ -714,7 +701,7 @@ def test_each_methods_row_does_what_its_name_says(tiny, spy, method):
     assert (result["lam"] > 0) == penalizes
     assert len(result["fisher"]) == len(result["drift"]) == 4 * penalizes
     assert [row.count(None) for row in result["fid"]] == ([0] if joint else [4, 3, 2, 1, 0])
-    assert joint == (result["forgetting"] is None) == (result["fid_pooled"] is not None)
+    assert (result["fid_pooled"] is not None) == joint
 
 
 @pytest.mark.parametrize(("decay", "rates"), [("linear", [3, 2, 1]), ("none", [3, 3, 3])])
@@ -783,22 +770,14 @@ def test_in_a_random_order_of_the_classes_labels_count_up_and_the_result_names_t
     tiny, spy
 ):
     tasks = spy(r, "train_task", lambda _, cfg, state, task, *rest: task)
-    order = tiny("--class-order=random", "--method=finetune")["class_order"]
+    argv = ["--class-order=random", "--method=finetune"]
+    order = tiny(*argv)["class_order"]
     assert sorted(order) == [*range(10)] != order
     for k, task in enumerate(tasks):
         assert task.y.unique().tolist() == [2 * k, 2 * k + 1]
         true = task.x.flatten(1).min(1).values // 26
         assert true.tolist() == [order[label] for label in task.y]
-    tiny("--class-order=random", "--method=finetune", "--seed=1", out="other")
-    assert not tasks[0].x.equal(tasks[5].x)
-
-
-def test_the_progress_bar_counts_the_steps_of_the_whole_run_also_of_one_that_goes_on(tiny, spy):
-    interrupted(tiny, "train_step", 11, "--epochs=2")  # the last checkpoint was after 9
-    bars = spy(r, "progress_of_steps", lambda bar, *_: bar)
-    steps = spy(r, "train_step", lambda *_: None)
-    tiny("--epochs=2")
-    assert (bars[0].n, bars[0].total, len(steps)) == (30, 30, 30 - 9)
+    assert tiny(*argv, "--seed=1", out="other")["class_order"] != order
 
 
 # ---- Part II: the network
@@ -844,18 +823,6 @@ def test_unet_and_diffusers_share_weights_and_sampler_and_give_the_same_images(c
     assert_close(r.sample_images(cfg, ours, x, y, 10, ""), images, atol=1, rtol=0)
 
 
-@needs_cuda
-def test_a_norm_of_bfloat16_stays_in_it_under_autocast_and_is_right_to_its_rounding():
-    norm = r.GroupNorm(2, 8).cuda()
-    x = torch.randn(3, 8, 5, 5, generator=generator()).cuda().bfloat16()
-    torch.nn.init.uniform_(norm.weight)
-    with torch.autocast("cuda", torch.bfloat16):
-        found = norm(x)
-    assert found.dtype == torch.bfloat16
-    exact = functional.group_norm(x.float(), 2, norm.weight, norm.bias)
-    assert_close(found.float(), exact, atol=0.03, rtol=0)
-
-
 # ---- Part II: the data
 def test_digits_are_all_there_and_limit_keeps_the_first_of_each_class():
     data = r.load_data("digits", Path())
@@ -881,19 +848,17 @@ def test_tasks_hold_every_class_once_in_the_order_of_their_labels():
 
 def test_a_dataset_of_torchvisions_is_read_as_32x32_pixels():
     def dataset(data_dir, train, download):
-        return SimpleNamespace(data=pixels[int(train)], targets=labels)
+        return SimpleNamespace(data=pixels[int(train)], targets=labels[int(train)])
 
-    pixels = torch.randint(256, (2, 20, 28, 28), dtype=torch.uint8)  # MNIST has tensors
-    labels = torch.arange(20)
+    labels = [[5, 6, 7], [2, 3, 4]]
+    pixels = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)  # MNIST has tensors
     data = r.load_torchvision(dataset, Path())
-    assert data.y.equal(labels)
-    padded = functional.pad(pixels, (2, 2, 2, 2))[:, :, None]
-    assert torch.stack([data.test_x, data.x]).equal(padded)
+    padded = functional.pad(pixels, (2, 2, 2, 2))
+    assert torch.stack([data.test_x, data.x])[:, :, 0].equal(padded)
+    assert torch.stack([data.test_y, data.y]).tolist() == labels
 
-    pixels = torch.randint(256, (2, 20, 32, 32, 3), dtype=torch.uint8).numpy()
-    labels = [*range(20)]  # CIFAR-10 has arrays and lists
+    pixels = torch.randint(256, (2, 3, 32, 32, 3), dtype=torch.uint8).numpy()  # CIFAR-10 arrays
     data = r.load_torchvision(dataset, Path())
-    assert data.test_y.tolist() == labels
     assert np.array_equal(data.x.permute(0, 2, 3, 1), pixels[1])
 
 
@@ -904,7 +869,7 @@ def write_npz():
     """The downsampled ImageNet's files, of classes 1..20; a pixel shows its label."""
     NPZ.parent.mkdir()
     for name in [*(f"train_data_batch_{k}" for k in range(1, 11)), "val_data"]:
-        labels = np.random.default_rng(0).permutation(40) % 20 + 1
+        labels = np.arange(40) % 20 + 1
         data = np.full((40, 3072), 200, np.uint8)
         data[:, 1024 + 32] = labels  # channel 1, row 1, column 0
         np.savez(NPZ.with_name(f"{name}.npz"), data=data, labels=labels)
@@ -965,20 +930,17 @@ def test_images_and_labels_that_do_not_fit_together_are_refused_with_what_was_fo
 def test_frechet_distance_equals_clean_fids(n):
     a, b = np.random.default_rng(0).normal(size=(2, n, 8))
     b = 2 * b + 1
-    exact = cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    assert r.frechet_distance(a, b) == pytest.approx(exact, rel=1e-3)
+    assert r.frechet_distance(a, b) == pytest.approx(bench.plain_distance(a, b), rel=1e-3)
 
 
 def test_inception_gets_rgb_in_0_to_255_and_resizes_itself(monkeypatch):
-    network = Mock(side_effect=lambda batch: batch.mean((2, 3)))  # the mean colour
-    build = Mock(return_value=network)
+    build = Mock(return_value=lambda batch: batch.flatten(1))  # features are what it gets
     monkeypatch.setattr(cleanfid.features, "build_feature_extractor", build)
-    images = per_image(torch.arange(250, dtype=torch.uint8)).expand(-1, 1, 8, 8)
-    features = r.inception_features(CPU)(images)
-    np.testing.assert_allclose(features, np.arange(250)[:, None].repeat(3, 1), atol=1e-3)
+    grey, _ = small_images(250)
+    features = r.inception_features(CPU)(grey)
+    rgb = torch.cat([grey, grey, grey], 1)
+    assert np.array_equal(features, rgb.flatten(1))
     assert build.call_args.args[0] == "legacy_tensorflow"
-    (batch,) = network.call_args.args
-    assert batch.shape == (50, 3, 8, 8)
 
 
 def test_without_inceptions_weights_a_refusal_names_the_classifier(assert_refused, monkeypatch):
@@ -1007,7 +969,7 @@ def test_classifier_is_good_trained_once_and_a_damaged_file_of_it_refused(
 def test_real_images_for_comparison_are_as_many_of_each_class_as_the_test_has():
     x = per_image(torch.arange(90, dtype=torch.uint8))
     y = torch.arange(90) // 80  # 80 and 10 of a class
-    task = r.Data(x, y, x[:6], torch.tensor([0, 0, 0, 1, 1, 1]))
+    task = r.Data(x, y, x[77:83], y[77:83])  # three of each
     features = Mock(side_effect=four_pixels)
     state = SimpleNamespace(fid_real=[])
     r.fid_of_real_images(settings(), state, [task], [np.zeros((6, 1))], features)
@@ -1129,23 +1091,17 @@ def finished(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_from_the_command_line_leaves_its_results():
-    done = python(SCRIPT, *QUICK, "--out=run")
-    assert done.stdout.count("digits-classifier") == 6  # the FID's features, wherever it is told
-    assert "c*" in done.stdout
-    assert "task 5/5 rank1" in done.stderr
+    told = python(SCRIPT, *QUICK, "--out=run").stdout
+    assert "digits, rank1: FID of each task (digits-classifier)" in told
     result = r.read_result(RUN / "result.json")
     assert (result["dataset"], result["method"], result["script"]) == ("digits", "rank1", r.SCRIPT)
-    assert result["seconds"].keys() == {"replay", "train", "fisher", "fid"}
     assert [line["task"] for line in read_log(RUN)] == [1, 2, 3, 4, 5]
-    weights = torch.load(RUN / "model.pt", weights_only=True)
+    weights = torch.load(RUN / "model.pt")
     r.UNet(1, 10, (16,), 1).load_state_dict(weights)
     files = {"checkpoint.pt", "log.jsonl", "model.pt", "result.json", ".lock", "samples-task1.png"}
     for k in range(2, 6):
         files |= {f"samples-task{k}.png", f"replay-task{k}.png"}
     assert contents(RUN).keys() == files
-    last = torchvision.io.decode_image("run/samples-task5.png").float()
-    assert last.shape[1:] == (10 * 34 + 2, 10 * 34 + 2)
-    assert last.std() > 1
 
 
 def interrupted(tiny, what, nth, *argv):
@@ -1184,8 +1140,7 @@ def test_after_ctrl_c_the_same_command_ends_the_run_the_same(tiny, capsys, what,
     whole = tiny(*argv, out="whole")
     assert stopped | {"seconds": 0} == whole | {"seconds": 0}
     assert read_log(RUN) == read_log(Path("whole"))
-    models = [torch.load(Path(out, "model.pt"), weights_only=True) for out in ("run", "whole")]
-    assert_close(*models, rtol=0, atol=0)
+    assert_close(torch.load("run/model.pt"), torch.load("whole/model.pt"), rtol=0, atol=0)
 
 
 def test_checkpoints_come_after_each_task_and_about_once_a_minute_within_it(tiny, spy, monkeypatch):
@@ -1326,7 +1281,7 @@ def test_bf16_trains_and_samples_in_bfloat16_but_weights_and_fisher_are_float32(
     assert steps == half * 15
     assert sampled == half * len(sampled)
     assert fishers == [{torch.float32}] * 4
-    weights = torch.load(RUN / "model.pt", weights_only=True)
+    weights = torch.load(RUN / "model.pt")
     assert {v.dtype for v in weights.values()} == {torch.float32}
 
 
@@ -1334,15 +1289,6 @@ def test_bf16_trains_and_samples_in_bfloat16_but_weights_and_fisher_are_float32(
 def test_a_run_on_cuda_goes_on_after_an_interrupt(tiny):
     interrupted(tiny, "train_step", 11, "--epochs=2", "--device=cuda")
     assert len(tiny("--epochs=2", "--device=cuda")["fid"]) == 5
-
-
-@needs_cuda
-def test_cuda_and_the_cpu_find_the_same_mean_gradient():
-    model, batch = small_unet(channels=(16, 32, 32)), small_batch(20)
-    mu = gradients_one_by_one(model, [batch]).mean(0)
-    loss = r.per_sample_loss(model.cuda(), *[v.cuda() for v in batch]).mean()
-    found = r.flat(torch.autograd.grad(loss, model.parameters())).cpu()
-    assert_close_to_its_largest(found, mu, 1e-3)
 
 
 # ---- Part III: more than one process
@@ -1378,8 +1324,7 @@ def test_one_process_goes_on_where_one_or_two_were_killed(finished, launcher, st
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(finished):
-    printed = python(*TORCHRUN, SCRIPT, *QUICK, "--epochs=2", "--out=run").stdout
-    assert printed.count("AFID") == 2  # the table's, by rank 0 alone
+    python(*TORCHRUN, SCRIPT, *QUICK, "--epochs=2", "--out=run")
     folder = finished("--epochs=2")
     for ours, theirs in zip(read_log(RUN)[:3], read_log(folder)):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -1416,22 +1361,20 @@ def test_the_shuffled_fisher_is_that_of_shuffled_pixels_at_the_energy_of_the_tru
     (_, true_mu, true_c_star), (shuffled, own_mu, own_c_star) = fishers
     assert shuffled.flatten(1).sort().values.equal(images.flatten(1).sort().values)
     assert 0.4 < shuffled[:, :, :4].count_nonzero() / images.count_nonzero() < 0.6
-    assert_close(mu, own_mu)
-    energy = own_c_star * mu.norm() ** 2
-    assert_close(c_star * mu.norm() ** 2, true_c_star * true_mu.norm() ** 2)
-    assert told["own_energy"] == pytest.approx(energy.item(), rel=1e-4)
+    assert mu.equal(own_mu)
+    true_energy = true_c_star * true_mu.norm() ** 2
+    assert_close(c_star * mu.norm() ** 2, true_energy)
+    own_energy = own_c_star * mu.norm() ** 2
     cosine = torch.cosine_similarity(mu, true_mu, 0)
-    assert told["cos_true_mu"] == pytest.approx(cosine.item(), abs=1e-5)
+    exact = {"cos_true_mu": cosine.item(), "own_energy": own_energy.item()}
+    assert told == pytest.approx(exact, rel=1e-4)
 
 
-@pytest.mark.parametrize(("first", "end"), [(0, 333), (700, 701)])
-def test_a_part_of_the_timesteps_is_taken_evenly_and_with_the_same_images_and_noise(first, end):
-    t = beyond.squeezed(torch.arange(1000), first, end)
-    counts = t.bincount(minlength=end)[first:]
-    assert len(counts) == end - first
-    assert counts.max() <= counts.min() + 1
+def test_a_part_of_the_timesteps_is_taken_evenly_and_with_the_same_images_and_noise():
+    t = beyond.squeezed(torch.arange(1000), 300, 550)
+    assert t.equal(torch.arange(300, 550).repeat_interleave(4))
     x0, _, eps, y = small_batch(10)
-    found = beyond.loss_in(first, end)(Denoiser(), x0, torch.arange(0, 1000, 100), eps, y)
+    found = beyond.loss_in(300, 550)(Denoiser(), x0, torch.arange(0, 1000, 100), eps, y)
     assert_close(found, r.per_sample_loss(Denoiser(), x0, t[::100], eps, y))
 
 
@@ -1448,45 +1391,43 @@ def test_the_proximal_step_minimizes_penalty_plus_distance(eta):
 
 
 def test_fashion16_has_the_means_of_2x2_pixels_of_a_thousand_images_a_class(monkeypatch):
-    y = torch.arange(10).repeat_interleave(1200)
+    y = torch.arange(12000) // 1200
     x = torch.randint(256, (12000, 1, 2, 2), dtype=torch.uint8)
     monkeypatch.setattr(r, "load_torchvision", lambda *_: (x, y, x, y))
     data = beyond.load_fashion16(Path())
-    assert data.y.equal(torch.arange(10).repeat_interleave(1000))
-    assert data.test_y.equal(torch.arange(10).repeat_interleave(200))
-    exact = x[y == 3].float().mean((1, 2, 3))[:1000]
-    assert (data.x[data.y == 3].flatten() - exact).abs().max() <= 0.5
+    assert data.y.equal(torch.arange(10000) // 1000)
+    assert data.test_y.equal(torch.arange(2000) // 200)
+    means = x.float().mean((1, 2, 3)).view(10, 1200)
+    assert_close(data.x.view(10, 1000).float(), means[:, :1000], atol=0.5, rtol=0)
 
 
 @pytest.mark.slow
 def test_beyond_takes_the_scripts_flags_and_its_runs_are_told_from_the_scripts_own():
     argv = ["--method=rank4", "--tasks=2", *QUICK, "--limit=9", "--out=run"]
-    assert "digits, rank4: FID" in python("-m", "results.beyond", *argv).stdout
-    assert "with beyond.py" in r.read_result(RUN / "result.json")["script"]
-    refused = python(SCRIPT, "--tasks=2", *QUICK, "--limit=9", "--out=run", check=False)
-    assert refused.returncode == 2
-    assert "--method rank4, not rank1" in refused.stderr
+    python("-m", "results.beyond", *argv)
+    result = r.read_result(RUN / "result.json")
+    assert result["method"] == "rank4"
+    assert "with beyond.py" in result["script"]
 
 
 # ---- results/geometry.py: what a trained model says
 def test_figure_1_goes_from_the_image_to_the_mean_image_of_its_class_as_proposition_1_says():
-    means = torch.tensor([0.3, -0.5])  # a pixel of class y is N(means[y], 0.2^2)
+    means = torch.tensor([0.3, -0.5])  # a pixel of class y is N(means[y], 0.04)
 
     def best(x, t, y):  # E[eps | x_t, y]
         abar = per_image(r.alphas_cumprod(CPU)[t])
         mean = per_image(means[y])
-        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * 0.2**2 + 1 - abar)
+        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * 0.04 + 1 - abar)
 
     y = torch.arange(1000) % 2
     x = r.to_uint8(per_image(means[y]) + 0.2 * torch.randn(1000, 1, 4, 4))
     numbers, _ = geometry.figure_1(best, r.Data(x, y, x, y), None)
     abar = ABAR[numbers["t"]]
     high = (0.3**2 + 0.5**2) / 2
-    low = high + 0.2**2
-    between = high + 0.2**2 * abar * 0.2**2 / (abar * 0.2**2 + 1 - abar)
-    assert numbers["high noise"] == pytest.approx(abar * high, rel=0.02)
-    assert numbers["low noise"] == pytest.approx(abar * low, rel=0.02)
-    assert numbers["mse"] == pytest.approx(abar * between, rel=0.02)
+    known = abar * 0.04 / (abar * 0.04 + 1 - abar)  # of an image, at this noise
+    exact = {"high noise": high, "low noise": high + 0.04, "mse": high + 0.04 * known}
+    for name, value in exact.items():
+        assert numbers[name] == pytest.approx(abar * value, rel=0.02)
 
 
 def test_where_all_gradients_lie_on_a_line_its_geometry_is_that_of_rank_1(monkeypatch):
@@ -1498,8 +1439,7 @@ def test_where_all_gradients_lie_on_a_line_its_geometry_is_that_of_rank_1(monkey
         return (2 + eps.flatten(1)[:, 0]) * model(direction)
 
     model = torch.nn.Linear(16, 1, bias=False)
-    numbers, mu, cos = geometry.geometry(model, data, loss=loss)
-    assert_close(mu / mu.norm(), direction / direction.norm())
+    numbers, _, cos = geometry.geometry(model, data, loss=loss)
     assert_close(cos, torch.ones(12))
     assert numbers["top_share"] == pytest.approx(1, rel=1e-4)
     assert numbers["error"]["c* mu mu^T"] == pytest.approx(0, abs=1e-3)
@@ -1525,14 +1465,11 @@ def test_a_figure_of_a_run_or_its_first_task_comes_with_its_numbers(finished, mo
     monkeypatch.setattr(beyond, "GRADIENTS", 20)
     monkeypatch.setattr(geometry, "TIMES", [100, 700])
     monkeypatch.setattr(geometry, "VAE_STEPS", [0, 5])
-    folder = finished()
-    before = contents(folder)
-    of = ["--first-task", " ".join(QUICK)] if figure == "movement" else [str(folder)]
+    of = ["--first-task", " ".join(QUICK)] if figure == "movement" else [str(finished())]
     geometry.main([figure, *of, "--to", "new/figure"])
-    assert contents(folder) == before
-    numbers = json.loads(Path("new/figure.json").read_text())
+    numbers = json.loads(text_of("new/figure.json"))
     assert numbers["samples"] == (200 if figure == "movement" else 20)
-    assert torchvision.io.decode_image("new/figure.png").float().std() > 1
+    assert Path("new/figure.png").exists()
 
 
 # ---- results/report.py: what finished runs say together
@@ -1548,8 +1485,6 @@ def hand_made_run(folder, method="gd", seed=0, afid=20.0, flags=None, **parts):
         "fid_real": [1.0, 1.0],
         "fid_pooled": None,
         "fisher": [],
-        "drift": [],
-        "script": "0123",
     } | parts
     run["afid"], run["forgetting"] = r.afid_and_forgetting(run["fid"])
     usual = r.settings_of(r.parse_args(["--dataset=fashion"]))
@@ -1558,28 +1493,23 @@ def hand_made_run(folder, method="gd", seed=0, afid=20.0, flags=None, **parts):
     torchvision.utils.save_image(torch.zeros(3, 70, 346), Path(folder, "samples-task1.png"))
 
 
-def reported(*argv, to="runs", measure="AFID"):
-    """The lines of the CSV that the report writes of a measure, by their names."""
-    report.main([*argv, "--to", to])
-    path = "runs/table1.csv" if to == "runs" else f"{to}.csv"
-    lines = pd.read_csv(path, dtype=str, keep_default_na=False)
-    lines = lines[lines["measure"] == measure]
-    return lines.set_index("method" if "method" in lines else "line")
+def reported(measure="AFID"):
+    """The lines of Table 1's CSV about a measure, by their methods."""
+    report.main(["runs"])
+    lines = pd.read_csv("runs/table1.csv", dtype=str, keep_default_na=False)
+    return lines[lines["measure"] == measure].set_index("method")
 
 
 def test_table_1_has_means_errors_differences_from_gd_the_papers_numbers_and_both_pictures():
     hand_made_run("runs/gd0", "gd", 0, 20.0)
     hand_made_run("runs/gd1", "gd", 1, 26.0)
     hand_made_run("runs/joint", "joint", fid=[[20.0, 20.0]], fid_pooled=6.0)
-    fisher = [{"energy": 1.5, "c_star": 14.04, "mu_norm": 0.5}]
-    one = {"lam": 10.0, "fisher": fisher, "drift": [[4.0]]}
-    hand_made_run("runs/rank1", "rank1", 0, 18.0, **one)
-    lines = reported("runs")
+    hand_made_run("runs/rank1", "rank1", 0, 18.0, lam=10.0, fisher=[{"energy": 1.5}])
+    lines = reported()
     assert [*lines.loc["gd", ["mean", "standard_error"]]] == ["23", "3"]
     assert [*lines.loc["rank1", ["against", "difference", "curvature"]]] == ["gd", "-2", "15"]
     text = text_of("runs/table1.md")
-    told = "23.0 ± 3.0|-2.00, -10.0%|15.4 / 0.9|6.0 |lam 10 (paper 15000)|0123 (4 runs)"
-    for words in told.split("|"):
+    for words in ("15.4 / 0.9", "| 6.0 ", "lam 10 (paper 15000)"):
         assert words in text
     assert {path.name for path in Path("runs").glob("*.png")} == {"figure4.png", "figure5.png"}
 
@@ -1591,11 +1521,12 @@ def test_the_baseline_of_a_run_is_gd_alone_and_of_gd_with_a_flag_gd_without_it()
     hand_made_run("runs/ema", flags=ema)
     hand_made_run("runs/pool", flags=pool)
     hand_made_run("runs/both", flags=ema | pool)
+    hand_made_run("runs/mine", "mine")
     hand_made_run("runs/rank1", "rank1", lam=10.0)
     hand_made_run("runs/rank1 seed", "rank1", 1, lam=10.0)
     hand_made_run("runs/rank1 ema", "rank1", lam=10.0, flags=ema)
     hand_made_run("runs/rank1 epochs", "rank1", lam=10.0, flags={"epochs": 7})
-    lines = reported("runs")
+    lines = reported()
     assert lines["against"].to_dict() == {
         "gd": "",
         "gd --ema 0.9": "gd",
@@ -1604,17 +1535,9 @@ def test_the_baseline_of_a_run_is_gd_alone_and_of_gd_with_a_flag_gd_without_it()
         "rank1": "gd",
         "rank1 --ema 0.9": "gd --ema 0.9",
         "rank1 --epochs 7": "",
+        "mine": "gd",  # a method of one's own
     }
     assert lines.loc["rank1", "pairs"] == "1"
-
-
-def test_a_method_and_a_dataset_of_ones_own_are_reported_like_others():
-    hand_made_run("runs/gd", dataset="photos")
-    one = {"fisher": [{"trace": 1.0}], "drift": [[1.0]]}
-    hand_made_run("runs/mine", "mine", 0, 22.0, dataset="photos", **one)
-    lines = reported("runs")
-    assert lines["mean"].to_dict() == {"gd": "20", "mine": "22"}
-    assert lines.loc["mine", "difference"] == "2"
 
 
 REFUSED_RUNS = {
@@ -1633,42 +1556,40 @@ def test_runs_that_cannot_be_reported_together_are_refused_in_one_line(assert_re
 
 
 def test_a_comparison_with_another_row_has_the_interval_of_a_paired_t_test_and_bonferronis():
-    afids = {"rank1": (20.0, 26.0, 22.0), "rank1-eig": (18.5, 25.0, 23.0)}
-    for method, values in afids.items():
-        for seed, afid in enumerate(values):
-            hand_made_run(f"{method}/{seed}", method, seed, afid)
+    ours = [18.5, 25.0, 23.0]
+    theirs = [20.0, 26.0, 22.0]
+    for seed in range(3):
+        hand_made_run(f"rank1-eig/{seed}", "rank1-eig", seed, ours[seed])
+        hand_made_run(f"rank1/{seed}", "rank1", seed, theirs[seed])
     argv = ["rank1-eig", "--over", "lam", "--against", "rank1", "--together", "4"]
-    line = reported(*argv, to="new/direct").loc["rank1-eig"]
-    test = scipy.stats.ttest_rel(afids["rank1-eig"], afids["rank1"])
+    report.main([*argv, "--to", "direct"])
+    line = pd.read_csv("direct.csv").iloc[0]  # of AFID
+    test = scipy.stats.ttest_rel(ours, theirs)
     numbers = {
         "difference": -0.5,
+        "share": -0.5 / np.mean(theirs) * 100,
         "low": test.confidence_interval(0.95).low,
         "high_together": test.confidence_interval(1 - 0.05 / 4).high,
-        "share": -0.5 / np.mean(afids["rank1"]) * 100,
     }
     for name, exact in numbers.items():
-        assert float(line[name]) == pytest.approx(exact)
-    assert (line["pairs"], line["seeds"]) == ("3", "0-2")
+        assert line[name] == pytest.approx(exact)
 
 
 def test_the_rise_from_best_is_from_the_lowest_fid_after_any_task_that_had_learned_it():
     fid = [[9.0, None, None], [4.0, 8.0, None], [7.0, 6.0, 5.0]]
-    hand_made_run("runs/gd", fid=fid, fid_real=[1.0, 1.0, 1.0])
-    (rise,) = reported("runs", measure="rise from best")["mean"]
+    hand_made_run("runs/gd", dataset="photos", fid=fid, fid_real=[1.0, 1.0, 1.0])
+    (rise,) = reported("rise from best")["mean"]
     assert float(rise) == ((7 - 4) + (6 - 8)) / 2
 
 
-def test_drift_is_told_along_unit_vectors_and_c_star_and_mu_where_there_is_a_mu():
+def test_drift_is_told_along_unit_vectors():
     fisher = [
-        {"mu_norm": 2.0, "c_star": 128.0, "energy": 1.0},
-        {"mu_norm": 0.5, "c_star": 14.04, "energy": 1.0},
+        {"mu_norm": 2.0, "c_star": 1.0, "energy": 1.0},
+        {"mu_norm": 0.5, "c_star": 1.0, "energy": 1.0},
     ]
     hand_made_run("runs/4", "rank4", fisher=fisher, drift=[[9.0], [4.0, -4.0, 1.0, 1.0]])
     hand_made_run("runs/1", "rank1", fisher=fisher, drift=[[9.0], [4.0, -1.0]])
-    lines = reported("runs")
-    columns = ["c*", "norm of mu", "drift"]
-    assert [*lines.loc["rank1", columns]] == ["14 to 130", "0.5 to 2", "2"]
-    assert [*lines.loc["rank4", columns]] == ["", "", "2"]
+    assert reported()["drift"].to_dict() == {"rank1": "2", "rank4": "2"}
 
 
 def test_a_model_generates_images_of_the_true_classes_that_are_asked_for(tiny, spy, assert_refused):
@@ -1681,7 +1602,9 @@ def test_a_model_generates_images_of_the_true_classes_that_are_asked_for(tiny, s
 
 
 # ---- The texts and their programs
-PAGES = SCRIPT.parent / "results/pages"
+ROOT = SCRIPT.parent
+PAGES = ROOT / "results/pages"
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("results/**/*.md")]
 PROGRAMS = re.findall("```python\n(.*?)```", text_of(PAGES / "your-own.md"), re.DOTALL)
 
 
@@ -1690,8 +1613,7 @@ def write_photos():
     for split, name, i in itertools.product(("train", "test"), "abcd", range(4)):
         path = Path("photos", split, name, f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = torch.randint(256, (1 if i else 3, 50, 40), dtype=torch.uint8)
-        torchvision.io.write_png(image, str(path))
+        Image.effect_noise((50, 40), 50).convert("L" if i else "RGB").save(path)
 
 
 @pytest.mark.slow
@@ -1717,12 +1639,11 @@ def test_the_loader_of_folders_refuses_other_classes_and_images_that_it_would_fl
     assert "['D', 'a', 'b', 'c'] to train" in refused.stderr
 
 
-def test_a_text_includes_the_tables_as_their_files_now_are():
-    Path("table.md").write_text("| new ± |\n", encoding="utf-8")
-    text = 2 * "before\n<!-- include: table.md -->\n{0}<!-- end -->\nafter\n"
-    Path("README.md").write_text(text.format("| old |\n"), encoding="utf-8")
-    report.main(["--include", "README.md"])
-    assert text_of("README.md") == text.format("| new ± |\n")
+def test_the_tables_in_the_texts_are_as_their_files_now_are():
+    included = re.compile("<!-- include: (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)
+    for page in TEXTS:
+        for name, table in included.findall(text_of(page)):
+            assert table == text_of(ROOT / name), page
 
 
 def test_the_exercises_table_has_the_numbers_of_its_runs_and_its_changes_of_the_script_apply():
@@ -1742,7 +1663,7 @@ def test_the_exercises_table_has_the_numbers_of_its_runs_and_its_changes_of_the_
 
 
 def test_the_readmes_map_names_functions_that_are_there():
-    text = text_of(SCRIPT.with_name("README.md"))
+    text = text_of(ROOT / "README.md")
     (section,) = re.findall("## From the paper to the code(.*?)\n## ", text, re.DOTALL)
     names = re.findall("`([a-z_A-Z0-9]+)`", section)
     assert len(names) > 10
@@ -1751,20 +1672,11 @@ def test_the_readmes_map_names_functions_that_are_there():
 
 
 def test_every_link_and_picture_of_the_texts_leads_somewhere():
-    root = SCRIPT.parent
-    for page in [*root.glob("*.md"), *root.glob("results/**/*.md")]:
-        text = text_of(page)
-        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
-        for table in re.findall("<!-- include: (.+?) -->", prose):
-            assert (root / table).exists(), (page, table)
+    for page in TEXTS:
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text_of(page), flags=re.DOTALL)
         for link in re.findall(r'(?:\]\(|src=")([^)\s":]+)[)\s"]', prose):
-            to, _, anchor = link.partition("#")
-            target = page.parent / to if to else page
-            assert target.exists(), (page, link)
-            if anchor:
-                headings = re.findall("^#+ (.*)$", text_of(target), re.MULTILINE)
-                plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-                assert anchor in [heading.replace(" ", "-") for heading in plain], (page, link)
+            to = link.partition("#")[0]
+            assert (page.parent / to).exists(), (page, link)
 
 
 @pytest.mark.slow
