@@ -1,7 +1,7 @@
 """What a trained model says about its Fisher F = E[g g^T]: the paper's Figures 1 to 3, and a VAE.
 
-    python -m results.geometry {1,2,3,vae} RUN [--to NAME] [--data-dir data] [--device auto]
-    python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS [--to NAME] ..
+    python -m results.geometry {1,2,3,vae} RUN --to NAME [--data-dir data]
+    python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS --to NAME ..
     python -m results.geometry relearning RUN RUN .. --against RUN RUN .. --to NAME ..
 
 RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these
@@ -284,10 +284,10 @@ class VAE(nn.Module):
     x (B, pixels), eps (B, 8) -> image, mean, log variance.
     """
 
-    def __init__(self, pixels: int, hidden: int = 128):
+    def __init__(self, pixels: int):
         super().__init__()
-        self.encode = nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, 16))
-        self.decode = nn.Sequential(nn.Linear(8, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
+        self.encode = nn.Sequential(nn.Linear(pixels, 128), nn.SiLU(), nn.Linear(128, 16))
+        self.decode = nn.Sequential(nn.Linear(8, 128), nn.SiLU(), nn.Linear(128, pixels))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_var = self.encode(x).chunk(2, 1)
@@ -398,6 +398,7 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
     theta = r.flat(r.trainable(model)).detach()
     generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
     fisher = r.rank1_fisher(model, first.x, first.y, cfg.fisher_samples, generator)
+    replay = r.replay_pool(cfg, model, data.x.shape[1:], int(second.y.min()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     numbers = {"samples": cfg.fisher_samples, "weights": len(theta)}
     for color, lam in (("C0", 0.0), ("C1", cfg.lam)):
@@ -407,8 +408,6 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
         state.penalty = Watched(lam)
         state.penalty.add(fisher, theta)
         r.begin_task(cfg, state)
-        num_old = int(second.y.min())
-        replay = r.replay_pool(cfg, state.teacher, data.x.shape[1:], num_old)
         learn(cfg, state, second, replay)
 
         seen = pd.DataFrame(state.penalty.seen)
@@ -425,10 +424,11 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
         window = math.ceil(len(seen) / 30)
         right.plot(seen["share"].rolling(window, center=True).mean(), label=name)
     right.axhline(1 / len(theta), color="grey", ls=":", label="a random direction")
-    left.set(xlabel="step of the second task", ylabel=r"distance from $\theta^*$ along $\mu$")
-    right.set(xlabel="step of the second task", ylabel=r"share of a step along $\mu$", yscale="log")
-    add_legend(left)
-    add_legend(right)
+    left.set(ylabel=r"distance from $\theta^*$ along $\mu$")
+    right.set(ylabel=r"share of a step along $\mu$", yscale="log")
+    for axes in (left, right):
+        axes.set(xlabel="step of the second task")
+        add_legend(axes)
     return numbers, figure
 
 
@@ -502,12 +502,10 @@ def compare_relearning(lines: pd.DataFrame, learned: float, to: Path) -> None:
     save(figure, Path(f"{to}.png"))
 
 
-def relearning(
-    runs: list[Path], against: list[Path], to: Path, data_dir: Path, device: str
-) -> None:
+def relearning(runs: list[Path], against: list[Path], to: Path, data_dir: Path) -> None:
     """Relearn task 1 with two rows of runs, and compare them. Stops if they cannot be paired."""
-    ours = [load_run(run, data_dir, device) for run in runs]
-    base = [load_run(run, data_dir, device) for run in against]
+    ours = [load_run(run, data_dir) for run in runs]
+    base = [load_run(run, data_dir) for run in against]
     may_differ = {"method": None, "lam": None}
     our_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in ours]
     base_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in base]
@@ -538,10 +536,10 @@ def begin(cfg) -> tuple[r.State, r.Data]:
     return state, data.to(device)
 
 
-def load_run(run: Path, data_dir: Path, device: str) -> tuple:
+def load_run(run: Path, data_dir: Path) -> tuple:
     """A finished run's settings, model, in eval mode, and data, on the device. Or stop."""
     result = r.read_result(run / "result.json")
-    cfg = argparse.Namespace(**result["config"] | {"data_dir": data_dir, "device": device})
+    cfg = argparse.Namespace(**result["config"] | {"data_dir": data_dir, "device": "auto"})
     state, data = begin(cfg)
     if state.data != result["data"]:
         r.stop(f"{run} has learned other images or labels than those in --data-dir {data_dir}")
@@ -581,20 +579,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--against", metavar="RUN", type=r.folder, nargs="+", default=[], help="the other row")
     add("--to", metavar="NAME", type=r.folder, required=True, help="of the files")
     add("--data-dir", type=r.folder, default=Path("data"), help="where the datasets are")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = parser.parse_args(argv)
     if args.figure == "relearning":
-        relearning(args.runs, args.against, args.to, args.data_dir, args.device)
+        relearning(args.runs, args.against, args.to, args.data_dir)
         return
     if args.first_task is not None:
         cfg = r.parse_args(shlex.split(args.first_task))
         cfg.data_dir = args.data_dir
-        cfg.device = args.device
         model, data = learn_first_task(cfg)
         if args.figure != "movement":
             data = r.split_tasks(data, cfg.tasks)[0]
     elif len(args.runs) == 1 and args.figure != "movement":
-        cfg, model, data = load_run(args.runs[0], args.data_dir, args.device)
+        cfg, model, data = load_run(args.runs[0], args.data_dir)
     else:
         r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
     numbers, figure = FIGURES[args.figure](model, data, cfg)

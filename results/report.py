@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import LogLocator
 from scipy import stats
+from torch.nn.functional import interpolate
 
 import rank1_ewc as r
 from results import beyond
@@ -170,8 +171,8 @@ def read_runs(folders: list[Path], methods=(), over=None, against=()) -> pd.Data
             r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
         found += [read_run(path) | {"other": folder in against} for path in paths]
     runs = pd.DataFrame(found)
-    order = dict.fromkeys(methods or [*METHODS, *runs.method])  # those of one's own come last
-    runs["method"] = pd.Categorical(runs.method, [*order])
+    methods = dict.fromkeys(methods or [*METHODS, *runs.method])  # those of one's own come last
+    runs["method"] = pd.Categorical(runs.method, [*methods])
     runs = runs.dropna(subset="method")
     runs[MEASURES] = runs[MEASURES].astype(float)  # None becomes nan
     runs["name"] = name_rows(runs)
@@ -233,7 +234,7 @@ def statistics(values: pd.Series, bases: pd.Series, together=None) -> dict:
 
     low and high are the 95% interval of the mean difference, by Student's t with a degree of
     freedom less than pairs; the shares are these three in percent of the mean of the runs that they
-    are paired with. Of AFID low_together and high_together hold for so many comparisons at once.
+    are paired with. low_together and high_together hold for so many comparisons at once.
     """
     d = (values - bases).dropna()
     mean = d.mean()
@@ -245,7 +246,7 @@ def statistics(values: pd.Series, bases: pd.Series, together=None) -> dict:
     if values.name in HAVE_SHARES:
         share = 100 / bases[d.index].mean()
         line |= {"share": share * mean, "share_low": share * low, "share_high": share * high}
-    if together and values.name == "AFID":
+    if together:
         half = stats.t.ppf(1 - 0.025 / together, len(d) - 1) * d.sem()
         line |= {"low_together": mean - half, "high_together": mean + half}
     return line
@@ -549,7 +550,7 @@ def table_1(folders: list[Path], to: Path) -> None:
     """
     runs = read_runs(folders)
     lines, notes = summarize(runs.assign(base=find_baselines(runs)))
-    lines = lines.rename(columns={"line": "method"}).drop(columns="at")
+    lines = lines.rename(columns={"line": "method"}).drop(columns="at").assign(paper=None)
     settings = []
     groups = runs.groupby(["dataset", "fid_features"])
     for (dataset, features), group in groups:
@@ -614,6 +615,7 @@ def sample(run: Path, classes: str, to: Path) -> None:
     y = torch.tensor(labels).repeat_interleave(10)
     noise = torch.randn(len(y), *shape, generator=r.rng(cpu, "sample"))
     images = r.ddim_sample(model.eval(), noise, y, config["sample_steps"])
+    images = interpolate(images, scale_factor=max(1, 64 // shape[-1]))
     r.save_grid(to, r.to_uint8(images), columns=10)
     print(f"In {to}")
 
@@ -661,7 +663,6 @@ def tally(tables: list[Path], to: Path) -> None:
         f"The {len(shown)} rows:\n\n"
     )
     text += markdown(shown[["table", "line", "lam", "seeds", "AFID"]])
-    print(text)
     write_text(to, text)
 
 
