@@ -1,7 +1,7 @@
 """What a trained model says about its Fisher F = E[g g^T]: the paper's Figures 1 to 3, and a VAE.
 
-    python -m results.geometry {1,2,3,vae} RUN [--to NAME] [--data-dir data] [--device auto]
-    python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS [--to NAME] ..
+    python -m results.geometry {1,2,3,vae} RUN --to NAME [--data-dir data]
+    python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS --to NAME ..
     python -m results.geometry relearning RUN RUN .. --against RUN RUN .. --to NAME ..
 
 RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these
@@ -36,7 +36,7 @@ from torch.nn.functional import normalize
 
 import rank1_ewc as r
 from results import beyond
-from results.report import markdown
+from results.report import interval, markdown, save, write_text
 
 TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps that are looked at
 VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is looked at
@@ -98,35 +98,33 @@ def figure_1(model, data: r.Data, _) -> tuple:
     return {"samples": n, "t": TIMES, "mse": mse, "high noise": high, "low noise": low}, figure
 
 
-# ---- F from the gradients of single samples. No D x D matrix is made: the Gram matrix G G^T / N
-# has F's eigenvalues and its norm, and A is known by ||A||^2 and by <F, A> = E[g^T A g].
+# ---- F from the gradients of single samples. No D x D matrix is made: all but the diagonal is
+# known by vectors h_j whose H^T H / M it is, F by g_i, A = a v v^T by one, sqrt(a) v.
 
 
-def gradients(model: nn.Module, batches: list[tuple], loss: Callable) -> Tensor:
-    """G, the gradient of each sample in eval mode. (N, D)."""
-    with r.eval_mode(model):
-        G = torch.cat([r.per_sample_gradients(model, batch, loss) for batch in batches])
-        r.check_first_sample(model, batches[0], loss, G[0])
-    return G
+def gradients(model: nn.Module, batches: Iterator[tuple], loss: Callable) -> Tensor:
+    """G, the gradient of each sample. (N, D)."""
+    return torch.cat([r.per_sample_gradients(model, batch, loss) for batch in batches])
 
 
-def relative_error(F_squared: float, product: float, A_squared: float) -> float:
-    """||F - A|| / ||F||, of ||F||^2, <F, A> and ||A||^2."""
-    squared = F_squared - 2 * product + A_squared
-    return math.sqrt(max(squared, 0.0) / F_squared)
+def inner(G: Tensor, H: Tensor) -> float:
+    """<F, A>, the sum of all F_ij A_ij, of F = G^T G / N and A = H^T H / M. G (N, D), H (M, D)."""
+    return (G @ H.T).double().square().mean().item()
 
 
-def errors(g: Tensor, F_squared: float, diagonal: Tensor, of_rank_1: dict) -> dict[str, float]:
-    """||F - A|| / ||F|| of each A, where F is that of gradients g (N, D), and F_squared ||F||^2.
+def errors(G: Tensor, diagonal: Tensor, others: dict[str, Tensor]) -> dict[str, float]:
+    """||F - A|| / ||F|| of each A in the place of F = G^T G / N, G (N, D).
 
-    diagonal: that of an F, (D,). of_rank_1: the factor a and the vector v (D,) of each A = a v v^T.
+    diagonal: that of an F, (D,). others: of each other A = H^T H / M its H (M, D).
     """
-    product = r.dot(g.square().mean(0), diagonal)
-    found = {"diagonal": relative_error(F_squared, product, r.dot(diagonal, diagonal))}
-    for name, (a, v) in of_rank_1.items():
-        product = a * vecdot(g, v).square().mean().item()
-        A_squared = (a * r.dot(v, v)) ** 2
-        found[name] = relative_error(F_squared, product, A_squared)
+    F_squared = inner(G, G)
+    products = {"diagonal": (r.dot(G.square().mean(0), diagonal), r.dot(diagonal, diagonal))}
+    for name, H in others.items():
+        products[name] = (inner(G, H), inner(H, H))
+    found = {}
+    for name, (product, A_squared) in products.items():
+        squared = F_squared - 2 * product + A_squared
+        found[name] = math.sqrt(max(squared, 0.0) / F_squared)
     return found
 
 
@@ -141,8 +139,8 @@ def geometry(
     cos_top: like the mean of |cos(g_i, mu)|, for F's top eigenvector in mu's place.
     """
     n = beyond.gradients_kept(model)
-    G = gradients(model, [*samples(data, n, timesteps)], loss)
-    fresh = gradients(model, [*samples(data, n, timesteps, "fresh")], loss)
+    G = gradients(model, samples(data, n, timesteps), loss)
+    fresh = gradients(model, samples(data, n, timesteps, "fresh"), loss)
     lengths = G.norm(dim=1)
     mu = G.mean(0)
     norm = math.sqrt(r.dot(mu, mu))
@@ -154,12 +152,12 @@ def geometry(
     trace = values.sum()
 
     diagonal = G.square().mean(0)
-    of_rank_1 = {"mu mu^T": (1.0, mu), "c* mu mu^T": (c_star, mu), "best of rank 1": (largest, top)}
-    F_squared = np.square(values).sum()
-    fresh_squared = (fresh @ fresh.T).square().mean().item()
-    error_fresh = errors(fresh, fresh_squared, diagonal, of_rank_1)
-    product = (fresh @ G.T).square().mean().item()
-    error_fresh["F itself"] = relative_error(fresh_squared, product, F_squared)
+    others = {
+        "mu mu^T": mu[None],
+        "c* mu mu^T": c_star**0.5 * mu[None],
+        "best of rank 1": largest**0.5 * top[None],
+        "F itself": G,
+    }
     numbers = {
         "c_star": c_star,
         "mu_norm": norm,
@@ -168,8 +166,8 @@ def geometry(
         "trace": trace,
         "top_share": largest / trace,
         "eigenvalues": values[:5].tolist(),
-        "error": errors(G, F_squared, diagonal, of_rank_1),
-        "error_fresh": error_fresh,
+        "error": errors(G, diagonal, others),
+        "error_fresh": errors(fresh, diagonal, others),
         "cos_mu_top": abs(r.dot(top, mu)) / norm,
         "cos_top": (vecdot(G, top).abs() / lengths).mean().item(),
     }
@@ -185,9 +183,7 @@ def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[pd.DataFrame,
 
 def error_tables(at: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The errors that geometry() gives for several F, a line each: "error", and "error_fresh"."""
-    error = pd.DataFrame([*at["error"]], at.index)
-    fresh = pd.DataFrame([*at["error_fresh"]], at.index)
-    return error.reindex(columns=fresh.columns, fill_value=0.0), fresh  # 0: of F itself
+    return pd.DataFrame([*at["error"]], at.index), pd.DataFrame([*at["error_fresh"]], at.index)
 
 
 def as_tables(at: pd.DataFrame) -> str:
@@ -288,10 +284,10 @@ class VAE(nn.Module):
     x (B, pixels), eps (B, 8) -> image, mean, log variance.
     """
 
-    def __init__(self, pixels: int, hidden: int = 128):
+    def __init__(self, pixels: int):
         super().__init__()
-        self.encode = nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, 16))
-        self.decode = nn.Sequential(nn.Linear(8, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
+        self.encode = nn.Sequential(nn.Linear(pixels, 128), nn.SiLU(), nn.Linear(128, 16))
+        self.decode = nn.Sequential(nn.Linear(8, 128), nn.SiLU(), nn.Linear(128, pixels))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_var = self.encode(x).chunk(2, 1)
@@ -377,11 +373,11 @@ class Watched(r.Rank1Penalty):
     along u.
     """
 
-    def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> dict[str, float]:
+    def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> None:
+        super().add(fisher, theta)
         self.u = normalize(fisher[0], dim=0)
         self.theta = theta
         self.seen = []
-        return super().add(fisher, theta)
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         theta = r.flat(r.trainable(model)).detach()
@@ -402,6 +398,7 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
     theta = r.flat(r.trainable(model)).detach()
     generator = r.rng(data.x.device, cfg.seed, "fisher", 0)
     fisher = r.rank1_fisher(model, first.x, first.y, cfg.fisher_samples, generator)
+    replay = r.replay_pool(cfg, model, data.x.shape[1:], int(second.y.min()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     numbers = {"samples": cfg.fisher_samples, "weights": len(theta)}
     for color, lam in (("C0", 0.0), ("C1", cfg.lam)):
@@ -411,8 +408,6 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
         state.penalty = Watched(lam)
         state.penalty.add(fisher, theta)
         r.begin_task(cfg, state)
-        num_old = int(second.y.min())
-        replay = r.replay_pool(cfg, state.teacher, data.x.shape[1:], num_old)
         learn(cfg, state, second, replay)
 
         seen = pd.DataFrame(state.penalty.seen)
@@ -429,10 +424,11 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
         window = math.ceil(len(seen) / 30)
         right.plot(seen["share"].rolling(window, center=True).mean(), label=name)
     right.axhline(1 / len(theta), color="grey", ls=":", label="a random direction")
-    left.set(xlabel="step of the second task", ylabel=r"distance from $\theta^*$ along $\mu$")
-    right.set(xlabel="step of the second task", ylabel=r"share of a step along $\mu$", yscale="log")
-    add_legend(left)
-    add_legend(right)
+    left.set(ylabel=r"distance from $\theta^*$ along $\mu$")
+    right.set(ylabel=r"share of a step along $\mu$", yscale="log")
+    for axes in (left, right):
+        axes.set(xlabel="step of the second task")
+        add_legend(axes)
     return numbers, figure
 
 
@@ -440,59 +436,60 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
 # authors.)
 
 
-def relearn(cfg, model: nn.Module, data: r.Data, features: Callable) -> list[float]:
+def relearn(cfg, model: nn.Module, data: r.Data, features: Callable) -> list[dict]:
     """Train a final model on task 1's real images alone. -> FID of task 1 after RELEARNING steps.
 
     By the denoising loss, at a constant tenth of the run's learning rate; the FID is taken as in
     the run.
     """
+    row = f"{cfg.method} --lam {cfg.lam:g}" if cfg.lam else cfg.method
     task = r.split_tasks(data, cfg.tasks)[0]
     real = features(task.test_x)
     size, _ = r.steps_of(cfg, task)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr / 10)
-    fid = []
+    lines = []
     step = 0
     # The draws are those of a task after the last: of the seed alone, and new to the model.
     for epoch in count():
         for batch in r.epoch_batches(task, None, size, cfg.seed, cfg.tasks, epoch):
             if step in RELEARNING:
                 (sampled,) = r.evaluate(cfg, model, [task], features, data.x.device)
-                fid.append(r.frechet_distance(real, sampled))
+                fid = r.frechet_distance(real, sampled)
+                lines.append({"seed": cfg.seed, "row": row, "steps": step, "FID": fid})
                 model.train()
             if step == RELEARNING[-1]:
-                return fid
+                return lines
             r.train_step(model, None, None, optimizer, batch, cfg.bf16)
             step += 1
 
 
-def compare_relearning(fid: dict[str, np.ndarray], seeds: list[int], learned: float) -> tuple:
-    """Compare the FIDs (seeds, RELEARNING) of two rows, the second the baseline.
+def compare_relearning(lines: pd.DataFrame, learned: float, to: Path) -> None:
+    """Compare two rows of runs, the second the baseline, by relearn()'s lines: TO.csv, .md, .png.
 
-    -> the texts of NAME.csv and NAME.md, by their endings; the picture. learned: the mean FID of
-    task 1 when it had just been learned. Intervals: 95%, by Student's t, over seeds.
+    learned: the mean FID of task 1 when it had just been learned. Intervals: 95%, by Student's t,
+    over seeds.
     """
-    ours, base = fid
-    mean = (fid[ours] - fid[base]).mean(0)
-    low, high = ttest_rel(fid[ours], fid[base]).confidence_interval()
-    interval = np.array([mean, low, high])
-    percent = 100 * interval / fid[base].mean(0)
-    table = pd.DataFrame({"steps": RELEARNING})
-    table[ours] = fid[ours].mean(0)
-    table[base] = fid[base].mean(0)
-    table["difference"] = ["{:+.2f} ({:.2f} to {:.2f})".format(*v) for v in interval.T]
-    table[f"of {base}'s mean"] = ["{:+.1f}%, {:.1f} to {:.1f}".format(*v) for v in percent.T]
+    ours, base = lines["row"].unique()
+    means = lines.pivot_table("FID", "steps", "row", sort=False)
+    by_seed = lines.pivot(index="seed", columns=["row", "steps"], values="FID")
+    mean = means[ours] - means[base]
+    low, high = ttest_rel(by_seed[ours], by_seed[base]).confidence_interval()
+    gaps = np.transpose([mean, low, high])
+    percent = 100 * gaps / means[[base]].to_numpy()
+    table = means.map("{:.1f}".format).reset_index()
+    table["difference"] = [interval(*gap, 2) for gap in gaps]
+    table[f"of {base}'s mean"] = ["{:+.1f}%, {:.1f} to {:.1f}".format(*gap) for gap in percent]
     told = (
-        f"Mean FID of task 1 over {len(seeds)} seeds, after so many steps on its images "
-        f"({learned:.1f} when just learned); differences seed by seed, with the 95% interval of "
-        "their mean."
+        "FID of task 1 after so many steps on its images; just learned, it had "
+        f"{learned:.1f}. Mean of {len(by_seed)} seeds; difference seed by seed, with the 95% "
+        "interval of its mean."
     )
-    rows = {name: pd.DataFrame(values, seeds, RELEARNING) for name, values in fid.items()}
-    runs = pd.concat(rows, names=["row", "seed"]).reset_index()
-    runs = runs.melt(["row", "seed"], var_name="steps", value_name="FID")
-    csv = runs[["seed", "row", "steps", "FID"]].to_csv(index=False)
+    csv = lines.sort_values("steps", kind="stable").to_csv(index=False)
+    write_text(Path(f"{to}.csv"), csv)
+    write_text(Path(f"{to}.md"), f"{markdown(table)}\n{told}\n")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    left.plot(RELEARNING, table[[ours, base]], ".-", label=[ours, base])
+    left.plot(RELEARNING, means, ".-", label=[ours, base])
     left.axhline(learned, color="grey", ls=":", label="just learned")
     left.set(ylabel="FID of task 1, mean over the seeds")
     label = f"{ours} less {base}, seed by seed"
@@ -502,17 +499,13 @@ def compare_relearning(fid: dict[str, np.ndarray], seeds: list[int], learned: fl
     for axes in (left, right):
         axes.set(xlabel="training steps on task 1 alone", xticks=RELEARNING)
         add_legend(axes)
-    return {"csv": csv, "md": f"{markdown(table)}\n{told}\n"}, figure
+    save(figure, Path(f"{to}.png"))
 
 
-def row_name(cfg) -> str:
-    return f"{cfg.method} --lam {cfg.lam:g}" if cfg.lam else cfg.method
-
-
-def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: str) -> tuple:
+def relearning(runs: list[Path], against: list[Path], to: Path, data_dir: Path) -> None:
     """Relearn task 1 with two rows of runs, and compare them. Stops if they cannot be paired."""
-    ours = [load_run(run, data_dir, device) for run in runs]
-    base = [load_run(run, data_dir, device) for run in against]
+    ours = [load_run(run, data_dir) for run in runs]
+    base = [load_run(run, data_dir) for run in against]
     may_differ = {"method": None, "lam": None}
     our_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in ours]
     base_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in base]
@@ -522,14 +515,11 @@ def relearning(runs: list[Path], against: list[Path], data_dir: Path, device: st
     cfg, _, data = base[0]
     # As in a run they are of all images, with the labels that these had before --class-order.
     features = r.fid_features(cfg, r.load_data(cfg.dataset, data_dir), data.x.device)
-    fid = {}
-    for row in (ours, base):
-        name = row_name(row[0][0])
-        models = r.progress(row, name, unit="run")
-        fid[name] = np.array([relearn(*loaded, features) for loaded in models])
-    seeds = [cfg.seed for cfg, _, _ in base]
+    lines = []
+    for loaded in r.progress([*ours, *base], "relearning", unit="run"):
+        lines += relearn(*loaded, features)
     learned = [r.read_result(run / "result.json")["fid"][0][0] for run in against]
-    return compare_relearning(fid, seeds, np.mean(learned))
+    compare_relearning(pd.DataFrame(lines), np.mean(learned), to)
 
 
 # ---- What is looked at: a finished run, or the first task of a new one.
@@ -546,21 +536,15 @@ def begin(cfg) -> tuple[r.State, r.Data]:
     return state, data.to(device)
 
 
-def load_run(run: Path, data_dir: Path, device: str) -> tuple:
+def load_run(run: Path, data_dir: Path) -> tuple:
     """A finished run's settings, model, in eval mode, and data, on the device. Or stop."""
     result = r.read_result(run / "result.json")
-    config = result["config"]
-    usual = vars(r.parse_args(["--dataset", config["dataset"]]))  # for what an older result lacks
-    cfg = argparse.Namespace(**usual | config | {"data_dir": data_dir, "device": device})
+    cfg = argparse.Namespace(**result["config"] | {"data_dir": data_dir, "device": "auto"})
     state, data = begin(cfg)
-    if state.data != result.get("data", state.data):
-        found = f"other images or labels than those in {data_dir}"
-        r.stop(f"{run} has learned {found}: name another --data-dir")
-    path = run / "model.pt"
-    advice = f"train it anew with --out {run} --fresh, or name another run"
-    state.model.load_state_dict(r.load_tensors(path, data.x.device, advice))
-    if not r.flat(state.model.parameters()).isfinite().all():
-        r.stop(f"a weight in {path} is not finite: {advice}")
+    if state.data != result["data"]:
+        r.stop(f"{run} has learned other images or labels than those in --data-dir {data_dir}")
+    weights = r.load_tensors(run / "model.pt", data.x.device, "train it anew, with --fresh")
+    state.model.load_state_dict(weights)
     return cfg, state.model.eval(), data
 
 
@@ -583,7 +567,8 @@ FIGURES = {
 }
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
+    """Make a figure of a finished run, or compare how fast runs relearn: a picture, and numbers."""
     summary = __doc__.partition("\n\n")[0]
     parser = argparse.ArgumentParser("python -m results.geometry", description=summary)
     parser.error = r.stop
@@ -591,45 +576,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
     add("runs", metavar="RUN", type=r.folder, nargs="*", help="folder of a finished run; or:")
     add("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
-    add("--against", metavar="RUN", type=r.folder, nargs="+", help="relearning: the other row")
-    add("--to", metavar="NAME", type=r.folder, help="of files; None: runs/figure1-<dataset>, ..")
+    add("--against", metavar="RUN", type=r.folder, nargs="+", default=[], help="the other row")
+    add("--to", metavar="NAME", type=r.folder, required=True, help="of the files")
     add("--data-dir", type=r.folder, default=Path("data"), help="where the datasets are")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     args = parser.parse_args(argv)
-    from_run = args.first_task is None
     if args.figure == "relearning":
-        if not (args.runs and args.against and args.to):
-            r.stop("relearning takes runs, those to compare with, --against RUN .., and --to NAME")
-    elif len(args.runs) != from_run or (from_run and args.figure == "movement"):
-        r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
-    return args
-
-
-def save(name: str | Path, figure: plt.Figure, texts: dict[str, str]) -> None:
-    """Write NAME.png, and each text with its ending."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{name}.png", dpi=120)
-    plt.close(figure)
-    for ending, text in texts.items():
-        Path(f"{name}.{ending}").write_text(text, encoding="utf-8")
-    print(f"In {name}.png, and its numbers beside it")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Make a figure of a finished run, or compare how fast runs relearn: a picture, and numbers."""
-    args = parse_args(argv)
-    if args.figure == "relearning":
-        texts, figure = relearning(args.runs, args.against, args.data_dir, args.device)
-        save(args.to, figure, texts)
+        relearning(args.runs, args.against, args.to, args.data_dir)
         return
-    if args.runs:
-        cfg, model, data = load_run(args.runs[0], args.data_dir, args.device)
-    else:
-        where = ["--data-dir", str(args.data_dir), "--device", args.device]
-        cfg = r.parse_args([*shlex.split(args.first_task), *where])
+    if args.first_task is not None:
+        cfg = r.parse_args(shlex.split(args.first_task))
+        cfg.data_dir = args.data_dir
         model, data = learn_first_task(cfg)
         if args.figure != "movement":
             data = r.split_tasks(data, cfg.tasks)[0]
+    elif len(args.runs) == 1 and args.figure != "movement":
+        cfg, model, data = load_run(args.runs[0], args.data_dir)
+    else:
+        r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
     numbers, figure = FIGURES[args.figure](model, data, cfg)
     of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr}"
     if cfg.lr_decay == "linear":
@@ -637,11 +600,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.runs:
         of += ", first task"
     figure.suptitle(f"{of}: {numbers['samples']:,} samples", fontsize="medium")
-    name = args.to or f"runs/figure{args.figure}-{cfg.dataset}"
-    texts = {"md": numbers.pop("table")} if "table" in numbers else {}
-    save(name, figure, texts)
+    save(figure, Path(f"{args.to}.png"))
+    if "table" in numbers:
+        write_text(Path(f"{args.to}.md"), numbers.pop("table"))
     about = {"figure": args.figure, "config": r.settings_of(cfg)}
-    r.write_json(Path(f"{name}.json"), about | numbers)
+    r.write_json(Path(f"{args.to}.json"), about | numbers)
 
 
 if __name__ == "__main__":

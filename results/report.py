@@ -31,7 +31,6 @@ from matplotlib.image import imread
 from matplotlib.ticker import LogLocator
 from scipy import stats
 from torch.nn.functional import interpolate
-from torchvision.utils import save_image
 
 import rank1_ewc as r
 from results import beyond
@@ -46,6 +45,7 @@ OLDER = {  # form and fisher_timesteps of older runs: methods now
     "667,1000": "rank1-high",
 }
 NOT_COMPARED = {"dataset", "method", "seed", "device", "bf16"}  # settings
+EIGENVECTORS = {"rank1-eig", "rank2", "rank4"}  # whose c* and mu are of another kind
 OF_PENALTY = {"lam", "fisher_samples"}
 OF_REPLAY = {"replay_per_class", "replay_steps"}
 MEASURES = ["AFID", "forgetting", "FID just learned", "rise from best", "pooled FID"]
@@ -79,17 +79,15 @@ PLAIN_WORDS = {
 # from them. `runs` and `group` below are such tables, `row` that of a row's runs, a seed each.
 
 
-def as_text(value) -> str:
-    """A setting as one would type it: [16, 32] -> "16,32", 10.0 -> "10"."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
-
-
-def settings_as_text(config: dict) -> dict[str, str]:
-    settings = {name: as_text(value) for name, value in config.items()}
+def as_text(config: dict) -> dict[str, str]:
+    """Settings as one would type them: [16, 32] -> "16,32", 10.0 -> "10"."""
+    settings = {}
+    for name, value in config.items():
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if isinstance(value, float):
+            value = f"{value:g}"
+        settings[name] = str(value)
     if config.get("replay_steps") is None:
         settings["replay_steps"] = settings["sample_steps"]
     return settings
@@ -101,34 +99,33 @@ def usual_settings(dataset: str, channels: str = "") -> dict[str, str]:
     if channels == "16,32,32,32":  # this small network is trained as that of the digits
         row = r.DIGITS
     cfg = r.parse_args(["--dataset", "mnist"])  # all is the paper's
-    return settings_as_text(r.settings_of(cfg) | row)
+    return as_text(r.settings_of(cfg) | row)
 
 
 def read_run(path: Path) -> dict:
     """A finished run, of its result.json. Stops if this is damaged or lacks parts."""
-    run = {"script": "unknown", "data": None, "class_order": None, "versions": {}}
-    run |= r.read_result(path)
+    run = {"data": None, "class_order": None} | r.read_result(path)  # older runs lack them
     try:
-        config = run["config"] | {"lam": run["lam"]}
+        settings = as_text(run["config"] | {"lam": run["lam"]})
         for name in ("form", "fisher_timesteps"):
-            run["method"] = OLDER.get(as_text(config.get(name)), run["method"])
-        own = r.Method(replay=True, penalty=bool(run["fisher"]), joint=len(run["fid"]) == 1)
+            run["method"] = OLDER.get(settings.get(name), run["method"])
+        own = r.Method(replay=True, penalty=bool(run["fisher"]))
         method = METHODS.get(run["method"], own)  # own: all that is known of one of your own
-        usual = usual_settings(run["dataset"], as_text(config["channels"]))
-        settings = usual | settings_as_text(config)  # an older run lacks some
-        run["made"] = f"{settings['device']}, bf16 {settings['bf16']}"
-        run["made"] += f", torch {run['versions'].get('torch')}"
+        usual = usual_settings(run["dataset"], settings["channels"])
+        settings = usual | settings  # an older run lacks some
         used = usual.keys() - NOT_COMPARED
         if not method.penalty:
             used -= OF_PENALTY
         if not method.replay:
             used -= OF_REPLAY
+        run["usual"] = usual
         run["settings"] = {name: settings[name] for name in usual if name in used}
-        run["order"] = settings["class_order"]
-        run |= measure(run, method)
+        run["made"] = f"{settings['device']}, bf16 {settings['bf16']}"
+        run["folder"] = path.parent
+        run["tasks"] = len(run["fid_real"])
+        return run | measure(run, method)
     except (KeyError, TypeError, ValueError) as error:
         r.stop(f"{path} is damaged or lacks parts ({error!r}): leave it out")
-    return run | {"usual": usual, "folder": path.parent, "tasks": len(run["fid_real"])}
 
 
 def measure(run: dict, method: r.Method) -> dict:
@@ -155,38 +152,34 @@ def find_flags(runs) -> pd.DataFrame:
 
 def name_rows(runs, but: str | None = None) -> pd.Series:
     """Each run's method and flags, `but` one: "gd --ema 0.99"."""
-    names = runs.method
+    names = runs.method.astype(str)
     flags = find_flags(runs)
     for setting in flags.columns.drop(but, errors="ignore"):
-        names = names + (f" --{setting.replace('_', '-')} " + flags[setting]).fillna("")
+        names += (f" --{setting.replace('_', '-')} " + flags[setting]).fillna("")
     return names
 
 
-def read_runs(folders: list[Path], only=(), over=None, against=()) -> pd.DataFrame:
-    """The finished runs below these folders, of all methods or `only` these, in their order.
+def read_runs(folders: list[Path], methods=(), over=None, against=()) -> pd.DataFrame:
+    """The finished runs below these folders, of all methods or of these alone, in their order.
 
     "line" is what a row is named with: the method and the settings, but for `over`, in which it
     differs from others. The runs below `against` are there only to be compared with.
     """
-    paths = {}
+    found = []
     for folder in [*folders, *against]:
-        found = sorted(folder.rglob("result.json"))
-        if not found:
+        paths = sorted(folder.rglob("result.json"))
+        if not paths:
             r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
-        paths |= dict.fromkeys(found, folder in against)
-    runs = pd.DataFrame([read_run(path) | {"other": other} for path, other in paths.items()])
-    there = runs.method.unique()
-    if not set(only) <= set(there):
-        r.stop(f"--rows {','.join(only)}: there are finished runs of {', '.join(there)}")
-    if only:
-        runs = runs[runs.method.isin(only)]
+        found += [read_run(path) | {"other": folder in against} for path in paths]
+    runs = pd.DataFrame(found)
+    methods = dict.fromkeys(methods or [*METHODS, *runs.method])  # those of one's own come last
+    runs["method"] = pd.Categorical(runs.method, [*methods])
+    runs = runs.dropna(subset="method")
     runs[MEASURES] = runs[MEASURES].astype(float)  # None becomes nan
     runs["name"] = name_rows(runs)
     runs["line"] = name_rows(runs, but=over)
-    runs["at"] = [settings.get(over) for settings in runs.settings]
+    runs["at"] = runs.settings.str.get(over)
     runs["size"] = pd.to_numeric(runs["at"], errors="coerce")
-    methods = dict.fromkeys([*only, *METHODS, *there])  # those of one's own come last
-    runs["method"] = pd.Categorical(runs.method, [*methods])
     order = ["dataset", "fid_features", "method", "line", "size", "seed"]
     runs = runs.sort_values(order, na_position="first", kind="stable", ignore_index=True)
     refuse_unlike(runs)
@@ -196,10 +189,11 @@ def read_runs(folders: list[Path], only=(), over=None, against=()) -> pd.DataFra
 def refuse_unlike(runs) -> None:
     """Stop if two runs are the same row and seed, or do not belong in one report."""
     refuse(runs[runs.duplicated([*ROW, "seed"], keep=False)], "are the same row and seed")
-    for _, group in runs.dropna(subset="data").groupby("dataset"):
-        refuse(group.drop_duplicates("data"), "learned different data")
+    data = runs.dropna(subset="data").drop_duplicates(["dataset", "data"])
+    refuse(data[data.duplicated("dataset", keep=False)], "learned different data")
     # Of one seed the same real images are drawn: their FID shows which network it was taken with.
-    for _, group in runs.groupby(["dataset", "fid_features", "seed", "tasks", "order"]):
+    order = runs.settings.str["class_order"]
+    for _, group in runs.groupby(["dataset", "fid_features", "seed", "tasks", order]):
         first = group.fid_real.iloc[0]
         other = [not np.allclose(fid, first, rtol=1e-4, atol=0) for fid in group.fid_real]
         refuse(pd.concat([group[:1], group[other]]), "have FIDs by different networks")
@@ -241,18 +235,19 @@ def statistics(values: pd.Series, bases: pd.Series, together=None) -> dict:
 
     low and high are the 95% interval of the mean difference, by Student's t with a degree of
     freedom less than pairs; the shares are these three in percent of the mean of the runs that they
-    are paired with. Of AFID low_together and high_together hold for so many comparisons at once.
+    are paired with. low_together and high_together hold for so many comparisons at once.
     """
     d = (values - bases).dropna()
     mean = d.mean()
     half = stats.t.ppf(0.975, len(d) - 1) * d.sem()
+    low = mean - half
+    high = mean + half
     line = {"mean": values.mean(skipna=False), "standard_error": values.sem(), "pairs": len(d)}
-    line |= {"difference": mean, "low": mean - half, "high": mean + half}
+    line |= {"difference": mean, "low": low, "high": high}
     if values.name in HAVE_SHARES:
         share = 100 / bases[d.index].mean()
-        line |= {"share": share * mean}
-        line |= {"share_low": share * line["low"], "share_high": share * line["high"]}
-    if together and values.name == "AFID":
+        line |= {"share": share * mean, "share_low": share * low, "share_high": share * high}
+    if together:
         half = stats.t.ppf(1 - 0.025 / together, len(d) - 1) * d.sem()
         line |= {"low_together": mean - half, "high_together": mean + half}
     return line
@@ -280,14 +275,13 @@ def of_penalty(row) -> dict:
     square.
     """
     fishers = pd.DataFrame([*row.fisher.explode().dropna()])
-    energy = fishers.reindex(columns=["energy", "trace"]).bfill(axis=1)["energy"]
-    numbers = {"curvature": row.lam.iloc[0] * energy.mean(), "c*": None, "norm of mu": None}
-    method = METHODS.get(row.method.iloc[0])
-    if "c_star" in fishers and not (method and method.penalty is beyond.RankKPenalty):
-        least, most = fishers.min(), fishers.max()
+    energy = fishers.filter(["energy", "trace"]).stack()
+    numbers = {"curvature": row.lam.iloc[0] * energy.mean()}
+    numbers |= {"c*": None, "norm of mu": None, "drift": None}
+    if "c_star" in fishers and row.method.iloc[0] not in EIGENVECTORS:
         for column, name in (("c*", "c_star"), ("norm of mu", "mu_norm")):
-            numbers[column] = f"{rounded(least[name], 2)} to {rounded(most[name], 2)}"
-    numbers["drift"] = np.nan
+            least, most = fishers[name].agg(["min", "max"])
+            numbers[column] = f"{rounded(least, 2)} to {rounded(most, 2)}"
     if "mu_norm" in fishers:
         norms = np.reshape(fishers["mu_norm"], (len(row), -1, 1))  # a task may have many directions
         last = np.reshape([drift[-1] for drift in row.drift], (*norms.shape[:2], -1))
@@ -318,7 +312,6 @@ def summarize(runs, together=None) -> tuple[pd.DataFrame, list[str]]:
     """-> a line per row and measure, and remarks. "base": the place of a run's partner."""
     lines = []
     notes = []
-    unlike = []
     for key, row in runs[~runs.other].groupby(ROW, sort=False, dropna=False):
         row = row.set_index("seed")
         base = runs.reindex(row.base).set_axis(row.index)
@@ -329,28 +322,17 @@ def summarize(runs, together=None) -> tuple[pd.DataFrame, list[str]]:
             numbers = statistics(row[name], base[name], together)
             lines.append(of_row | {"measure": name} | numbers)
         notes += notes_of_ten(row, base)
-        for seed in row.index[base.made.notna() & (base.made != row.made)]:
-            one, other = row.loc[seed], base.loc[seed]
-            unlike.append(f"{one.folder} ({one.made}) and {other.folder} ({other.made})")
     scripts = runs.script.value_counts(sort=False).items()
     scripts = [f"script {name} ({n} runs)" for name, n in scripts]
     notes.append(f"- code: {', '.join(scripts)}.")
-    if unlike:
-        notes.append(f"- compared, but made in different ways: {'; '.join(unlike)}.")
+    if runs.made.nunique() > 1:
+        notes.append(f"- made in different ways: {'; '.join(runs.made.unique())}.")
     return pd.DataFrame(lines).dropna(subset="mean"), notes
-
-
-def in_cell(value) -> str:
-    if pd.isna(value):
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) < 3 else f"{value:.1f}"
-    return str(value)
 
 
 def markdown(rows) -> str:
     """A table, "-" for None, its columns as wide as their widest cell; no empty columns."""
-    table = pd.DataFrame(rows).astype(object).map(in_cell)
+    table = pd.DataFrame(rows).astype(object).fillna("-").astype(str)
     columns = []
     for name in table.columns[(table != "-").any()]:
         width = max(len(name), table[name].str.len().max())
@@ -362,8 +344,11 @@ def markdown(rows) -> str:
 def by_measure(words, content: str, columns: list[str]) -> str:
     """A table with these columns, then `content` of each measure."""
     words = words.astype(object).fillna("-")
-    table = words.pivot_table(content, columns, "measure", aggfunc="first", sort=False)
-    return markdown(table.reindex(columns=MEASURES).reset_index())
+    rows = words[columns].drop_duplicates()
+    for measure in MEASURES:
+        cells = words.loc[words["measure"] == measure, [*columns, content]]
+        rows = rows.merge(cells.rename(columns={content: measure}), how="left")
+    return markdown(rows)
 
 
 def interval(mean: float, low: float, high: float, digits: int, unit: str = "") -> str:
@@ -380,8 +365,8 @@ def in_words(lines, first: list[str], further: list[str]) -> str:
     gaps = []
     for line in lines.itertuples():
         digits = 2 if abs(line.mean) < 3 else 1
-        error = f" ± {line.standard_error:.{digits}f}"
-        means.append(f"{line.mean:.{digits}f}{error.replace(' ± nan', '')}")
+        mean = f"{line.mean:.{digits}f} ± {line.standard_error:.{digits}f}"
+        means.append(mean.removesuffix(" ± nan"))  # of a single run
         gap = interval(line.difference, line.low, line.high, 2)
         if line.measure == "AFID":
             gap += f", {interval(line.share, line.share_low, line.share_high, 1, '%')}"
@@ -406,15 +391,15 @@ def in_words(lines, first: list[str], further: list[str]) -> str:
 def write_text(path: Path, text: str) -> None:
     with r.atomic_write(path) as file:
         file.write(text.encode())
+    print(f"In {path}")
 
 
 def write(to: Path, lines, *text: str) -> None:
     """Print the text and write it to TO.md, and the lines, with their digits, to TO.csv."""
     text = "\n".join([*text, ""])
-    table = lines.to_csv(index=False, float_format="%.12g", lineterminator="\n")
+    print(text)
     write_text(Path(f"{to}.md"), text)
-    write_text(Path(f"{to}.csv"), table)
-    print(f"{text}In {to}.md, {to}.csv")
+    write_text(Path(f"{to}.csv"), lines.to_csv(index=False, float_format="%.12g"))
 
 
 # ---- Pictures.
@@ -422,7 +407,7 @@ def write(to: Path, lines, *text: str) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     with r.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, dpi=120)
 
 
 def setting_label(name: str) -> str:
@@ -435,25 +420,23 @@ def label(line: str) -> str:
     return re.sub(r" --(\S+) ", lambda flag: f", {setting_label(flag[1])} ", line)
 
 
-def number_axis(axes, which: str) -> None:
+def number_axis(axis) -> None:
     """Linear where all lies within a factor of five, or not above 0; else logarithmic."""
-    axis = getattr(axes, f"{which}axis")
-    low, high = getattr(axes.dataLim, f"interval{which}")
+    low, high = axis.get_data_interval()
     if 0 < 5 * low < high:
-        axes.set(**{f"{which}scale": "log"})
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axis.set_minor_formatter("")
     axis.set_major_formatter("{x:g}")
 
 
-def plot_afid(runs, path: Path) -> None:
+def plot_afid(runs, dataset: str, features: str, path: Path) -> None:
     """Figure 4: AFID after each task, with bands of one standard error.
 
     Where the features are the paper's, its curves stand beside ours, dashed.
     """
-    first = runs.iloc[0]
-    dataset, features, count = first[["dataset", "fid_features", "tasks"]]
-    classes = len(first.class_order or range(10)) // count  # older runs have no order
+    classes = len(runs.class_order.iloc[0] or range(10))  # older runs have no order
+    per_task = ", ".join([str(classes // tasks) for tasks in runs.tasks.unique()])
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     colors = {}
@@ -468,9 +451,9 @@ def plot_afid(runs, path: Path) -> None:
         style = {"color": colors.get(method), "fmt": "--", "label": f"paper: {method}"}
         axes.errorbar(range(1, 6), numbers[:5], numbers[5:], capsize=2, **style)
     axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", xticks=after)
-    what = "1 class" if classes == 1 else f"{classes} classes"
-    axes.set_title(f"AFID on {count} tasks of {what}, {dataset}: the lower, the better")
-    number_axis(axes, "y")
+    title = f"AFID on {dataset}, classes per task: {per_task} (the lower, the better)"
+    axes.set_title(title, wrap=True)
+    number_axis(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(title="row (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
@@ -515,7 +498,7 @@ def plot_lines(lines, over: str, path: Path) -> None:
         lines = lines.dropna(subset="y")
         against = " or ".join(lines.against.unique())
         what = f"difference from {label(against)} and its 95% interval"
-    if not (lines.groupby("line").x.nunique() > 2).any():
+    if not lines.groupby("line").x.nunique().max() > 2:
         return  # two points are read in the table
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
@@ -529,12 +512,12 @@ def plot_lines(lines, over: str, path: Path) -> None:
         if paired:
             axes.axhline(0, color="black", lw=0.8)
         size = points.y.abs()
-        number_axis(axes, "x")
+        number_axis(axes.xaxis)
         if size.max() > 20 * max(1, size.median()):  # a far point would flatten all others
             axes.set_yscale("symlog", linthresh=1)
             axes.yaxis.set_major_formatter("{x:g}")
         elif not paired:  # differences have 0 among them
-            number_axis(axes, "y")
+            number_axis(axes.yaxis)
         axes.set(xlabel=setting_label(over), title=measure)
         axes.grid(alpha=0.3)
     dataset = " and ".join(lines.dataset.unique())
@@ -592,9 +575,8 @@ def published(dataset: str, features: str) -> pd.DataFrame:
     return table[(table["dataset"] == dataset) & comparable]
 
 
-def setting_note(runs) -> str:
+def setting_note(runs, dataset: str, features: str) -> str:
     """What the FID is taken on, that of real images, and the settings that are not the paper's."""
-    dataset, features = runs[["dataset", "fid_features"]].iloc[0]
     paper = usual_settings("imagenet32" if dataset == "imagenet32" else "mnist")
     other = []
     for name, value in paper.items():
@@ -603,32 +585,31 @@ def setting_note(runs) -> str:
             other.append(f"{name} {', '.join(sorted(values))} (paper {value})")
     setting = f"not the paper's setting: {'; '.join(other)}" if other else "the paper's setting"
     fid = f"FID on features of {features} (the paper's: inception)"
-    real = f"in the samples' place real training images have {np.mean([*runs.fid_real]):.1f}"
+    real = f"in the samples' place real training images have {runs.fid_real.explode().mean():.1f}"
     return f"- {dataset}: {fid}; {real}; {setting}."
 
 
-def table_1(folders: list[Path], to: Path, only=()) -> None:
-    """Table 1 of all finished runs below these folders, or of `only` these methods, in a folder.
+def table_1(folders: list[Path], to: Path) -> None:
+    """Table 1 of all finished runs below these folders, in a folder.
 
     With Figure 4, and Figure 5 where a run's pictures are kept.
     """
-    runs = read_runs(folders, only)
-    groups = dict([*runs.groupby(["dataset", "fid_features"])])
+    runs = read_runs(folders)
     lines, notes = summarize(runs.assign(base=find_baselines(runs)))
-    lines = lines.rename(columns={"line": "method"}).drop(columns="at")
-    papers = []
-    for line in lines.itertuples():
-        paper = published(line.dataset, line.fid_features)["AFID / forgetting"]
-        papers.append(paper.get(line.method))
-    lines["paper"] = papers
-    settings = [setting_note(group) for group in groups.values()]
-    words = in_words(lines, ["method"], ["curvature", "paper"])
-    write(to / "table1", lines, words, LEGEND, *settings, *notes)
-    for names, group in groups.items():
-        name = f"-{'-'.join(names)}.png" if len(groups) > 1 else ".png"
-        plot_afid(group, to / f"figure4{name}")
+    lines = lines.rename(columns={"line": "method"}).drop(columns="at").assign(paper=None)
+    settings = []
+    groups = runs.groupby(["dataset", "fid_features"])
+    for (dataset, features), group in groups:
+        settings.append(setting_note(group, dataset, features))
+        ours = (lines.dataset == dataset) & (lines.fid_features == features)
+        papers = published(dataset, features)["AFID / forgetting"]
+        lines.loc[ours, "paper"] = lines.method.map(papers)
+        name = f"-{dataset}-{features}.png" if len(groups) > 1 else ".png"
+        plot_afid(group, dataset, features, to / f"figure4{name}")
         if any((folder / "samples-task1.png").exists() for folder in group.folder):
             plot_samples(group, to / f"figure5{name}")
+    words = in_words(lines, ["method"], ["curvature", "paper"])
+    write(to / "table1", lines, words, LEGEND, *settings, *notes)
 
 
 # ---- The second form: runs over a setting.
@@ -653,7 +634,7 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
     lines, notes = summarize(runs, together)
     if together:
         told = f"the interval that holds for {together} comparisons at once (Bonferroni)"
-        notes.insert(0, f"- together: {told}.")
+        notes.append(f"- together: {told}.")
     lines[setting] = lines.pop("at")
     words = in_words(lines, ["line", setting], ["curvature", "c*", "norm of mu", "drift"])
     write(to, lines, words, f"- FID on features of {runs.fid_features.iloc[0]}.", *notes)
@@ -664,29 +645,24 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
 # ---- The other forms.
 
 
-def sample(run: Path, classes: list[str], to: Path) -> None:
+def sample(run: Path, classes: str, to: Path) -> None:
     """Let a finished run's model generate ten images of each of these classes, a row a class."""
     result = r.read_result(run / "result.json")
     config = result["config"]
-    weights = r.load_tensors(run / "model.pt", torch.device("cpu"), "train it with --fresh")
-    size = 8 if result["dataset"] == "digits" else 32
-    older = [weights["conv_in.weight"].shape[1], size, size]
-    shape = result.get("shape", older)
-    order = result.get("class_order", range(len(weights["class_embedding.weight"])))
-    labels = {str(c): label for label, c in enumerate(order)}
-    for c in classes:
-        if c not in labels:
-            r.stop(f"--classes {c}: {run} has learned the classes 0 to {len(order) - 1}")
+    order = result["class_order"]
+    shape = result["shape"]
     model = r.UNet(shape[0], len(order), config["channels"], config["layers_per_block"])
-    model.load_state_dict(weights)
-    y = torch.tensor([labels[c] for c in classes]).repeat_interleave(10)
-    noise = torch.randn(len(y), *shape, generator=r.rng(y.device, "sample"))
+    cpu = torch.device("cpu")
+    model.load_state_dict(r.load_tensors(run / "model.pt", cpu, "train it with --fresh"))
+    try:
+        labels = [order.index(int(c)) for c in classes.split(",")]
+    except ValueError:
+        r.stop(f"--classes {classes}: {run} has learned the classes 0 to {len(order) - 1}")
+    y = torch.tensor(labels).repeat_interleave(10)
+    noise = torch.randn(len(y), *shape, generator=r.rng(cpu, "sample"))
     images = r.ddim_sample(model.eval(), noise, y, config["sample_steps"])
-    if not images.isfinite().all():
-        r.stop(f"{run / 'model.pt'} has weights that are not finite: train it with --fresh")
-    images = interpolate((images + 1) / 2, scale_factor=max(1, 64 // shape[-1]))
-    with r.atomic_write(to) as file:
-        save_image(images, file, format="png", nrow=10)
+    images = interpolate(images, scale_factor=max(1, 64 // shape[-1]))
+    r.save_grid(to, r.to_uint8(images), columns=10)
     print(f"In {to}")
 
 
@@ -705,7 +681,6 @@ def summary(folders: list[Path], to: Path) -> None:
                 row[f"{tasks} tasks, {measure}"] = error
         rows.append(row)
     write_text(to, markdown(rows))
-    print(f"In {to}")
 
 
 def tally(tables: list[Path], to: Path) -> None:
@@ -724,7 +699,7 @@ def tally(tables: list[Path], to: Path) -> None:
     helps = rows.query("high < 0")
     hurts = rows.query("low > 0")
     shown = pd.concat([helps, hurts])
-    numbers = shown[["difference", "low", "high"]].to_numpy()
+    numbers = zip(shown.difference, shown.low, shown.high)
     shown["AFID"] = [interval(*three, 2) for three in numbers]
     text = (
         f"A penalty was added to GD in {len(rows)} rows of the tables here (each counted once, "
@@ -734,7 +709,6 @@ def tally(tables: list[Path], to: Path) -> None:
         f"The {len(shown)} rows:\n\n"
     )
     text += markdown(shown[["table", "line", "lam", "seeds", "AFID"]])
-    print(text)
     write_text(to, text)
 
 
@@ -749,18 +723,13 @@ def include(text: Path) -> None:
     write_text(text, re.sub(pattern, renewed, old, flags=re.DOTALL))
 
 
-def names(text: str) -> list[str]:
-    return text.split(",")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Report on all runs below folders or, as the flags say, do another of the things above."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = r.stop
     add = parser.add_argument
-    settings = [*(usual_settings("digits").keys() - NOT_COMPARED), "curvature"]
     add("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
-    add("--over", choices=settings, help="compare runs over this setting, or over curvature")
+    add("--over", metavar="SETTING", help="compare runs over this setting, or over curvature")
     add("--sample", action="store_true", help="let the model of a run generate images")
     add("--include", action="store_true", help="renew the tables that these texts include")
     add("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
@@ -769,34 +738,28 @@ def main(argv: list[str] | None = None) -> None:
     add("--to", type=r.folder, help="folder or name of what is written")
     add("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
     add("--together", type=r.positive, help="intervals that hold for so many comparisons at once")
-    add("--rows", type=names, default=[], help="show these methods: finetune,gd")
-    add("--classes", type=names, default=[], help="of which --sample generates images: 3,7")
+    add("--rows", help="Figure 5 alone, of these methods: finetune,gd")
+    add("--classes", default="", help="of which --sample generates images: 3,7")
     args = parser.parse_args(argv)
-    lacks_over = (args.against or args.together) and not args.over
-    if lacks_over or (args.over and not args.to) or (args.sample and not args.classes):
-        r.stop("give folders of runs; or runs, --over and --to; or --sample RUN --classes 3,7")
     first = args.paths[0]
     to = args.to or first
-    try:
-        if args.over:
-            compare(args.paths, args.over, to, args.against, args.together)
-        elif args.sample:
-            sample(first, args.classes, args.to or first / "samples.png")
-        elif args.tally:
-            tally(args.paths, args.to or PAGES / "tally.md")
-        elif args.summary:
-            summary(args.paths, to)
-        elif args.tradeoff:
-            plot_tradeoff(args.paths, to)
-        elif args.include:
-            for path in args.paths:
-                include(path)
-        elif to.suffix == ".png":
-            plot_samples(read_runs(args.paths, args.rows), to)
-        else:
-            table_1(args.paths, to, args.rows)
-    except OSError as error:
-        r.stop(f"{error.filename or error} cannot be read or written")
+    if args.over:
+        compare(args.paths, args.over, to, args.against, args.together)
+    elif args.sample:
+        sample(first, args.classes, args.to or first / "samples.png")
+    elif args.tally:
+        tally(args.paths, args.to or PAGES / "tally.md")
+    elif args.summary:
+        summary(args.paths, to)
+    elif args.tradeoff:
+        plot_tradeoff(args.paths, to)
+    elif args.include:
+        for path in args.paths:
+            include(path)
+    elif args.rows:
+        plot_samples(read_runs(args.paths, args.rows.split(",")), to)
+    else:
+        table_1(args.paths, to)
 
 
 if __name__ == "__main__":
