@@ -667,13 +667,18 @@ def sample(run: Path, classes: str, to: Path) -> None:
 
 
 def summary(folders: list[Path], to: Path) -> None:
-    """README's table: AFID and forgetting of each method, by the number of tasks."""
+    """README's table: AFID and forgetting of each method, by the number of tasks.
+
+    A method whose runs of as many tasks differ in more than lambda has a row for each.
+    """
     runs = read_runs(folders)
     rows = [{"": "real images"}]
     for tasks, of_tasks in runs.groupby("tasks"):
         rows[0][f"{tasks} tasks, AFID"] = f"{np.mean([*of_tasks.fid_real]):.1f}"
-    for method, group in runs.groupby("method", sort=False, observed=True):
-        row = {"": PLAIN_WORDS.get(method, method)}
+        runs.loc[of_tasks.index, "line"] = name_rows(of_tasks.astype({"method": str}), but="lam")
+    for name, group in runs.groupby("line", sort=False):
+        method, *flags = label(name).split(", ")
+        row = {"": ", ".join([PLAIN_WORDS.get(method, method), *flags])}
         for tasks, measure in itertools.product(runs.tasks.unique(), ("AFID", "forgetting")):
             values = group[group.tasks == tasks][measure].dropna()
             if len(values):
