@@ -1485,6 +1485,7 @@ def hand_made_run(folder, method="gd", seed=0, afid=20.0, flags=None, **parts):
         "fid_real": [1.0, 1.0],
         "fid_pooled": None,
         "fisher": [],
+        "script": "0123",
     } | parts
     run["afid"], run["forgetting"] = r.afid_and_forgetting(run["fid"])
     usual = r.settings_of(r.parse_args(["--dataset=fashion"]))
