@@ -85,7 +85,10 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-1, 1]; floats in it as they are. ValueError: others."""
+    """uint8 in 0..255 -> float32 in [-1, 1]; floats in [-1, 1] stay as they are.
+
+    ValueError: anything else, also floats with none below 0, which are probably in 0..1.
+    """
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = images.min().item(), images.max().item()
@@ -98,7 +101,8 @@ def to_float(images: Tensor) -> Tensor:
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
     """A generator for each purpose: one draw more in one place changes no other place."""
     digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits
+    return torch.Generator(device).manual_seed(seed)
 
 
 def rank() -> int:
@@ -198,7 +202,8 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
 def replay_pool(cfg, teacher: nn.Module, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
     """The teacher's samples of classes 0..num_old-1, equally many. -> (N, C, H, W) uint8, (N,)."""
     device = next(teacher.parameters()).device
-    # As in the authors' code the n-th image of every class, after every task, has the same noise.
+    # Image i gets noise[i % replay_per_class]: as in the authors' code the n-th image of every
+    # class, after every task, has the same noise.
     generator = rng(device, cfg.seed, "replay pool")
     noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=device)
     y = torch.arange(num_old, device=device).repeat_interleave(cfg.replay_per_class)
@@ -212,8 +217,8 @@ def losses(
     """L_T, the denoising loss of real rows, and L_GD, how far replayed ones are from the teacher's.
 
     x0, eps (B, C, H, W), t, y (B,). With a teacher the first half of the rows is real, the second
-    is replayed; without one all are real, and L_GD is 0. The student runs once, as in the authors'
-    code. ValueError: an odd number of rows with a teacher.
+    is replayed; without one all rows, also replayed ones, are denoised, and L_GD is 0. The student
+    runs once, as in the authors' code. ValueError: an odd number of rows with a teacher.
     """
     x_t = add_noise(x0, t, eps)
     eps_model = predict_noise(model, x_t, t, y)
@@ -236,10 +241,10 @@ def losses(
 #   fisher(model, x, y, n, generator, loss=per_sample_loss) -> what its penalty's add() takes
 # F is that of the trainable weights in eval mode. x: images (N, C, H, W), uint8 or in [-1, 1]; y:
 # classes (N,); n: the number of samples (image, t, eps); generator: on their device.
-# loss(model, x0, t, eps, y) -> (B,), of each sample; your own gets x as it is unless that is uint8.
-# Under torchrun the processes divide the work: each must call it, with the network itself and not
-# with DistributedDataParallel's wrapper. ValueError: a model or images whose F would be wrong.
-# FloatingPointError: a gradient is not finite.
+# loss(model, x0, t, eps, y) -> (B,), of each sample; one of your own gets x unchanged, but for
+# uint8, which becomes [-1, 1]. Under torchrun the processes divide the work: each must call it,
+# with the network itself and not with DistributedDataParallel's wrapper. ValueError: a model or
+# images whose F would be wrong. FloatingPointError: a gradient is not finite.
 
 FISHER_BATCH = 128  # samples computed together
 GRADIENT_FLOATS = 400_000_000  # numbers in the per-sample gradients that are held at once: 1.6 GB
@@ -257,7 +262,7 @@ def fisher_batches(
     if not len(x) == len(y) > 0:
         raise ValueError(f"each image needs its class: {len(x)} images, {len(y)} classes")
     if loss is per_sample_loss and x.dtype != torch.uint8:
-        to_float(x)  # refuses another range
+        to_float(x)  # only checks the range: another loss may take latents
     rounds = math.ceil(n / len(x))
     orders = [torch.randperm(len(x), generator=generator, device=x.device) for _ in range(rounds)]
     for index in torch.cat(orders)[:n].split(size):
@@ -268,9 +273,9 @@ def fisher_batches(
         yield x0, t, eps, y[index]
 
 
-def zeros_for_sum(theta: list[Tensor]) -> Tensor:
+def zeros_for_sum(weights: list[Tensor]) -> Tensor:
     """(D,) zeros in float32 at least: in bfloat16 a long sum would stop growing."""
-    zeros = torch.zeros_like(flat(theta))
+    zeros = torch.zeros_like(flat(weights))
     return zeros.to(torch.promote_types(zeros.dtype, torch.float32))
 
 
@@ -287,10 +292,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def generator_states(device: torch.device) -> Tensor:
+    """The states of PyTorch's global generators, of the CPU and of a GPU if that is the device."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
 def check_first_sample(
     model: nn.Module, batch: tuple, loss: Callable, found: Tensor, u: Tensor | None = None
 ) -> None:
-    """ValueError unless `found` is the first sample's g, or u^T g, the same when it is alone."""
+    """ValueError unless `found` is the first sample's g, or u^T g, as it is computed alone."""
     before = generator_states(batch[0].device)
     first = [v[:1] for v in batch]
     g, in_batch = [
@@ -301,20 +314,12 @@ def check_first_sample(
     error = max((in_batch - g).norm(), (found - exact).norm())
     drew = not torch.equal(before, generator_states(batch[0].device))
     if drew or error > (0.02 + 10 * torch.finfo(g.dtype).eps) * g.norm():
-        why = "mixes samples (by a batch norm?), draws at random, or hides a weight"
+        why = "mixes samples (by a batch norm?), draws at random, or uses weights of another module"
         raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
-def generator_states(device: torch.device) -> Tensor:
-    """The states of PyTorch's global generators, of the CPU and of a GPU if that is the device."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-
 # Why rank 1? At high noise x_t is nearly all noise, and the best denoiser is a scaled identity
-# (Proposition 1). If eps_hat = a(theta) x_t, then g is (a x_t - eps)^T x_t da/dtheta, but for a
+# (Proposition 1). If eps_hat = a(theta) x_t, then g is (a x_t - eps)^T x_t da/dtheta, up to a
 # factor: a number c(x_t) times one vector v for all samples (Proposition 2). So g g^T = c^2 v v^T,
 # F has rank 1, and as mu is a multiple of v too, F ~ c* mu mu^T with c* = mu^T F mu / ||mu||^4 and
 # mu^T F mu = E[(mu^T g)^2] (Theorem 1). The mu of different t are nearly parallel: one mu, over
@@ -327,14 +332,15 @@ def rank1_fisher(
 
     On the draws of mu itself c* would be too large: mu^T g_i then contains ||g_i||^2 / n.
     """
-    theta = trainable(model)
-    total = zeros_for_sum(theta)  # sum of all g_i
+    weights = trainable(model)
+    total = zeros_for_sum(weights)  # sum of all g_i
     squares = total.new_zeros(())  # sum of all (u^T g_i)^2, with u = mu / ||mu||
     # MATH: the other kernels of attention have no second derivative.
     with eval_mode(model), sdpa_kernel(SDPBackend.MATH):
         for batch in my_share(fisher_batches(x, y, n, generator, loss)):
             l = loss(model, *batch)  # (B,)
-            total += flat(torch.autograd.grad(l.sum(), theta, materialize_grads=True))
+            # materialize_grads: a weight that the loss does not use has gradient 0.
+            total += flat(torch.autograd.grad(l.sum(), weights, materialize_grads=True))
         mu = all_sum(total) / n
         mu_norm = math.sqrt(dot(mu, mu))
         u = mu / mu_norm
@@ -344,12 +350,12 @@ def rank1_fisher(
         for i, batch in enumerate(my_share(fisher_batches(x, y, n, generator, loss))):
             l = loss(model, *batch)
             w = torch.ones_like(l, requires_grad=True)
-            G = torch.autograd.grad(l, theta, w, create_graph=True, materialize_grads=True)
+            G = torch.autograd.grad(l, weights, w, create_graph=True, materialize_grads=True)
             (u_g,) = torch.autograd.grad(u @ flat(G).to(u.dtype), w)  # (B,)
             squares += u_g.to(u.dtype).square().sum()
             if i == 0:
                 check_first_sample(model, batch, loss, u_g[0], u)
-        c_star = all_sum(squares) / n / mu_norm**2
+        c_star = all_sum(squares) / n / mu_norm**2  # as (mu^T g)^2 = ||mu||^2 (u^T g)^2
     if not c_star.isfinite():
         raise FloatingPointError(f"||mu|| is {mu_norm:g}: a gradient is not finite, or all are 0")
     return mu, c_star
@@ -359,17 +365,18 @@ def per_sample_gradients(
     model: nn.Module, batch: tuple, loss: Callable = per_sample_loss
 ) -> Tensor:
     """g_i of each sample of a batch (x0, t, eps, y), in the model's present mode. -> (B, D)."""
-    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    def loss_of_one(theta, x0, t, eps, y):
+    def loss_of_one(weights, x0, t, eps, y):
         def predict(*inputs):
-            return functional_call(model, theta, inputs, tie_weights=False)
+            # With tie_weights a module that the model holds twice would be left with plain tensors.
+            return functional_call(model, weights, inputs, tie_weights=False)
 
         return loss(predict, x0[None], t[None], eps[None], y[None])[0]
 
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be batched so
-        g = vmap(grad(loss_of_one), (None, 0, 0, 0, 0))(theta, *batch)
-    return torch.cat([v.flatten(1) for v in g.values()], 1)
+        g = vmap(grad(loss_of_one), (None, 0, 0, 0, 0))(weights, *batch)
+    return torch.cat([v.reshape(len(v), -1) for v in g.values()], 1)
 
 
 def diagonal_fisher(
@@ -400,11 +407,11 @@ def diagonal_fisher(
 #   penalty(theta)         the scalar L_EWC, 0 before the first add
 #   drift(theta)           a vector for result.json: how far theta is from the theta*_k
 #   after_step(model, lr)  if there is one, follows each step of the optimizer
-# Its state is vars(penalty). ValueError: lam or c* that is not a finite number from 0 on; a Fisher
-# of another size than theta, or not finite.
+# A checkpoint stores vars(penalty). ValueError: lam or c* that is not a finite number from 0 on; a
+# Fisher of another size than theta, or not finite.
 
 
-def from_zero(name: str, value: float) -> float:
+def check_nonnegative(name: str, value: float) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number from 0 on, not {value}")
     return value
@@ -429,7 +436,7 @@ class Rank1Penalty:
     """
 
     def __init__(self, lam: float):
-        self.lam = from_zero("lambda", lam)
+        self.lam = check_nonnegative("lambda", lam)
         self.mu = []  # (k, D)
         self.c_star = []  # (k,)
         self.offset = []  # (k,)
@@ -439,7 +446,7 @@ class Rank1Penalty:
     def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> dict[str, float]:
         mu, c_star = fisher
         check_fisher(mu, theta)
-        from_zero("c*", c_star)
+        check_nonnegative("c*", c_star)
         if self.origin is not None:
             moved = theta - self.origin
             self.offset = [float(o) + dot(m, moved) for o, m in zip(self.offset, self.mu)]
@@ -452,8 +459,8 @@ class Rank1Penalty:
         return {"c_star": float(c_star), "mu_norm": mu_norm, "energy": energy}
 
     def drift(self, theta: Tensor) -> Tensor:
-        """mu_k^T (theta - theta*_k) of each old task: ||mu_k|| times the way along mu_k. (k,)."""
-        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 would round it to 0
+        """mu_k^T (theta - theta*_k): ||mu_k|| times the distance moved along mu_k. (k,)."""
+        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 has three digits
             return self.mu @ (theta - self.origin).to(self.mu.dtype) + self.offset
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -466,11 +473,12 @@ class DiagonalPenalty:
     """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC (arXiv 1612.00796).
 
     The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + constant, with
-    H = sum_k F_k.
+    H = sum_k F_k. A new task moves center by share = F_k / H of the way to its theta*_k, and adds
+    (H - F_k) share (theta*_k - center)^2 to the constant.
     """
 
     def __init__(self, lam: float):
-        self.lam = from_zero("lambda", lam)
+        self.lam = check_nonnegative("lambda", lam)
         self.H = 0.0  # (D,) after the first task
         self.center = 0.0  # (D,)
         self.constant = 0.0
@@ -506,7 +514,7 @@ class Method(NamedTuple):
 
     replay: bool = False
     distill: bool = False  # needs replay
-    fisher: Callable | None = None  # with the penalty that takes it
+    fisher: Callable | None = None  # taken after each task, for the penalty
     penalty: type | None = None
     joint: bool = False  # not continual: all classes at once
 
@@ -527,7 +535,7 @@ METHODS = {
 
 
 def objective(model: nn.Module, teacher: nn.Module | None, penalty, batch: tuple) -> tuple:
-    """L = L_T + L_GD + L_EWC of a batch (x0, t, eps, y), its rows as in losses(): the terms, ()."""
+    """The terms of L = L_T + L_GD + L_EWC, three scalars. The batch's rows are as in losses()."""
     denoise, distill = losses(model, teacher, *batch)
     ewc = penalty(flat(trainable(model))) if penalty else torch.zeros_like(denoise)
     return denoise, distill, ewc
@@ -536,7 +544,8 @@ def objective(model: nn.Module, teacher: nn.Module | None, penalty, batch: tuple
 def train_step(model, teacher, penalty, optimizer, batch: tuple, bf16: bool = False) -> Tensor:
     """One step of the optimizer down the objective. -> its three terms before the step, (3,).
 
-    Of several processes each computes its share of the rows, as many of them real as replayed.
+    Of several processes, which must share a batch equally, each computes its rows, as many of them
+    real as replayed.
     """
     rows = [v[rank() :: world()] for v in batch]
     with torch.autocast(rows[0].device.type, torch.bfloat16, enabled=bf16):
@@ -552,35 +561,39 @@ def train_step(model, teacher, penalty, optimizer, batch: tuple, bf16: bool = Fa
     return all_sum(terms.detach()) / world()
 
 
-def epoch_batches(task: "Data", replay: tuple | None, size: int, *when: int) -> Iterator[tuple]:
+def epoch_batches(
+    task: "Data", replay: tuple | None, size: int, seed: int, *place: int
+) -> Iterator[tuple]:
     """An epoch's batches (x0, t, eps, y): `size` real images, then as many replayed ones, if any.
 
-    when: the run's seed, the number of the task and that of the epoch: all draws depend on these.
+    All draws depend on the run's seed and the place, the numbers of the task and of the epoch.
     """
     device = task.x.device
-    seed, *place = when
-    orders = rng(device, seed, "order", *place)
-    noises = rng(device, seed, "noise", *place)
-    replays = rng(device, seed, "replay", *place)
-    # Dropout knows the global generator alone, and is to differ from process to process.
+    order_rng = rng(device, seed, "order", *place)
+    noise_rng = rng(device, seed, "noise", *place)
+    replay_rng = rng(device, seed, "replay", *place)
+    # Dropout draws from the global generator, and must differ between processes.
     torch.manual_seed(rng(device, seed, "dropout", *place).initial_seed() + rank())
 
-    order = torch.randperm(len(task.x), generator=orders, device=device)
+    order = torch.randperm(len(task.x), generator=order_rng, device=device)
     full = len(order) // size * size  # a random remainder is left out
     for index in order[:full].split(size):
         images, labels = task.x[index], task.y[index]
         if replay is not None:
             old_x, old_y = replay
-            old = torch.randint(len(old_y), (size,), generator=replays, device=device)
+            old = torch.randint(len(old_y), (size,), generator=replay_rng, device=device)
             images = torch.cat([images, old_x[old]])
             labels = torch.cat([labels, old_y[old]])
         x0 = to_float(images)
-        t, eps = draw_noise(x0, noises)
+        t, eps = draw_noise(x0, noise_rng)
         yield x0, t, eps, labels
 
 
 def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqdm) -> None:
-    """Train a task's epochs that remain. With --ema it ends with the average of its weights."""
+    """Train a task's epochs that remain.
+
+    --lr-decay and --ema, with which it ends with the average of its weights, are not the paper's.
+    """
     model = state.model
     optimizer = state.optimizer
     teacher = state.teacher if METHODS[cfg.method].distill else None
@@ -630,7 +643,7 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 
 
 def begin_task(cfg, state: "State") -> None:
-    """The model becomes the frozen teacher and the start of --ema's average; Adam starts afresh."""
+    """A frozen copy of the model becomes the teacher; Adam and --ema's average start afresh."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
     state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr)
@@ -650,14 +663,14 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     stages = [data] if method.joint else tasks  # what is learned, one after the other
     real = [features(task.test_x) for task in tasks]
     load_checkpoint(cfg, state)
-    fid_of_real_images(cfg, state, tasks, real, features)
+    record_fid_of_real_images(cfg, state, tasks, real, features)
 
     with progress_of_steps(cfg, state, stages) as bar:
         for k in range(state.task, len(stages)):
             task = stages[k].to(device)
             seen = tasks if method.joint else tasks[: k + 1]
             replay = None
-            if state.epoch == 0:
+            if state.epoch == 0:  # else the checkpoint had the teacher and Adam
                 begin_task(cfg, state)
             if method.replay and k > 0:
                 num_old = int(task.y.min())  # labels count up from task to task
@@ -677,7 +690,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
                 lap(state, "fisher")
 
             sampled = evaluate(cfg, state.model, seen, features, device)
-            row = [frechet_distance(a, b) for a, b in zip(real, sampled)]
+            row = [frechet_distance(a, b) for a, b in zip(real, sampled)]  # of the tasks so far
             state.fid.append(row + [None] * (cfg.tasks - len(row)))
             if method.joint:
                 state.fid_pooled = frechet_distance(np.concatenate(real), np.concatenate(sampled))
@@ -698,6 +711,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 # builds it in the paper's configuration, with the same names: a state_dict fits both ways.
 
 HEAD_CHANNELS = 8  # of each head of attention
+ATTENTION_LEVEL = 2  # 8x8 of 32x32 pixels; two-level networks attend in the middle alone
 PAPER_CHANNELS = [128, 256, 256, 256]
 
 
@@ -759,7 +773,7 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the height and width, by a 3x3 convolution."""
+    """Half or twice the height and width, by a 3x3 convolution. temb: a Resnet may stand here."""
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
@@ -824,7 +838,7 @@ class UNet(nn.Module):
         skips = [c_in]  # the channels of what the way up takes from the way down
         for level, c in enumerate(channels):
             inputs = [c_in] + [c] * (layers_per_block - 1)
-            block = Block(inputs, c, attends=level == 2, sizes=sizes)  # 8x8 pixels of 32x32
+            block = Block(inputs, c, attends=level == ATTENTION_LEVEL, sizes=sizes)
             skips += [c] * layers_per_block
             if level < last:
                 block.downsamplers.append(self.resample(level, c, False, sizes))
@@ -840,7 +854,7 @@ class UNet(nn.Module):
             c = channels[level]
             inputs = [c_in + skips.pop()]
             inputs += [c + skips.pop() for _ in range(layers_per_block)]
-            block = Block(inputs, c, attends=level == 2, sizes=sizes)
+            block = Block(inputs, c, attends=level == ATTENTION_LEVEL, sizes=sizes)
             if level > 0:
                 block.upsamplers.append(self.resample(level, c, True, sizes))
             self.up_blocks.append(block)
@@ -852,7 +866,7 @@ class UNet(nn.Module):
     @staticmethod
     def resample(level: int, channels: int, up: bool, sizes: dict) -> nn.Module:
         """A convolution; at the level with attention a residual block."""
-        if level != 2:
+        if level != ATTENTION_LEVEL:
             return Resample(channels, up)
         by = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
         return Resnet(channels, channels, **sizes, resample=by)
@@ -916,12 +930,11 @@ def load_digits(_: Path) -> Data:
     return Data(*[torch.from_numpy(v) for v in (x, y, test_x, test_y)])
 
 
-def load_torchvision(dataset: str | type, data_dir: Path) -> Data:
+def load_torchvision(name: str, data_dir: Path) -> Data:
     """A dataset of torchvision's at 32x32; MNIST's 28x28 are padded. Downloads what is missing."""
-    import torchvision
+    from torchvision import datasets
 
-    if isinstance(dataset, str):
-        dataset = getattr(torchvision.datasets, dataset)
+    dataset = getattr(datasets, name)
     parts = []
     for train in (True, False):
         split = dataset(data_dir, train=train, download=True)
@@ -999,6 +1012,7 @@ def choose(data: Data, train: Tensor, test: Tensor) -> Data:
 
 def limit_classes(data: Data, n: int) -> Data:
     """The first n images of each class, of data sorted by class."""
+    # Each image's place within its class.
     places = [torch.arange(len(y)) - torch.searchsorted(y, y) for y in (data.y, data.test_y)]
     return choose(data, places[0] < n, places[1] < n)
 
@@ -1092,8 +1106,8 @@ def classifier_features(
         nn.SiLU(),
         nn.Linear(64, int(data.y.max()) + 1),
     ).to(device)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = cache / "rank1_ewc" / f"classifier-{name}-{digest(data)}.pt"
+    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = cache_dir / "rank1_ewc" / f"classifier-{name}-{digest(data)}.pt"
     if not path.exists():
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         generator = rng(torch.device("cpu"), "classifier")
@@ -1123,7 +1137,7 @@ def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np
     return inception_features(device)
 
 
-def fid_of_real_images(
+def record_fid_of_real_images(
     cfg, state: "State", tasks: list[Data], real: list, features: Callable
 ) -> None:
     """What a perfect model would score: training images, drawn at random, in the samples' place.
@@ -1172,7 +1186,6 @@ DATASETS = {
 }
 # These may differ when a run goes on; all other settings may not.
 MAY_CHANGE = ("data_dir", "out", "fresh", "fid_features")
-SAMPLE_BATCH = {"cpu": 200, "mps": 200, "cuda": 1000}  # images generated together
 START_OVER = "--fresh starts over, --out names another folder"
 CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
 SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # this state of the script
@@ -1184,8 +1197,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number(text: str) -> float:
-    return from_zero("it", float(text))
+def nonnegative(text: str) -> float:
+    return check_nonnegative("it", float(text))
 
 
 def numbers(text: str) -> list[int]:
@@ -1213,17 +1226,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--class-order", choices=("label", "random"), default="label", help="random: by the seed")
     add("--epochs", type=positive, default=200, help="per task")
     add("--batch-size", type=positive, default=128, help="real images; as many replayed ones")
-    add("--lr", type=number, default=2e-4, help="of Adam, which starts afresh with each task")
+    add("--lr", type=nonnegative, default=2e-4, help="of Adam, which starts afresh with each task")
     add("--lr-decay", choices=("none", "linear"), default="none", help="linear: to 0 in each task")
-    add("--lam", type=number, default=15000.0, help="EWC's lambda; less for a small network")
+    add("--lam", type=nonnegative, default=15000.0, help="EWC's lambda; less for a small network")
     add("--fisher-samples", type=positive, default=10000, help="for mu, and as many for c*")
     add("--replay-per-class", type=positive, default=5000, help="images that the teacher generates")
-    add("--sample-steps", type=positive, default=50, help="DDIM steps, a divisor of 1000")
+    add("--sample-steps", type=positive, default=50, help="DDIM steps, at best a divisor of 1000")
     add("--replay-steps", type=positive, help="DDIM steps of replayed images; None: as many")
-    add("--ema", type=number, default=0.0, help="decay of the average that a task ends with")
+    add("--ema", type=nonnegative, default=0.0, help="decay of the average that a task ends with")
     add("--channels", type=numbers, default=PAPER_CHANNELS, help="of the UNet's levels: 16,32")
     add("--layers-per-block", type=positive, default=2, help="residual blocks per level")
-    add("--dropout", type=number, default=0.0, help="in the UNet while it trains")
+    add("--dropout", type=nonnegative, default=0.0, help="in the UNet while it trains")
     add("--fid", choices=("inception", "classifier"), default="inception", help="its features")
     add("--limit", type=positive, help="so many images of each class at most; None: all")
     add("--bf16", action=argparse.BooleanOptionalAction, help="None: on GPUs from Ampere on")
@@ -1232,10 +1245,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=folder, help="results; None: runs/<dataset>/<method>+seed=<seed>")
     add("--fresh", action="store_true", help="start over, and delete the run in --out")
 
-    given, _ = parser.parse_known_args(argv)
-    for name in DATASETS[given.dataset].keys() - vars(given).keys():
-        stop(f"DATASETS[{given.dataset!r}]: no setting is called {name}")
-    parser.set_defaults(**DATASETS[given.dataset])
+    # Which dataset is it? --help is to show its defaults.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = stop
+    first.add_argument("--dataset", choices=DATASETS, default="digits")
+    dataset = first.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**DATASETS[dataset])
     cfg = parser.parse_args(argv)
     if max(cfg.sample_steps, cfg.replay_steps or 1) > NUM_STEPS:
         stop(f"--sample-steps and --replay-steps are at most {NUM_STEPS}")
@@ -1250,7 +1265,7 @@ def settings_of(cfg: argparse.Namespace) -> dict:
 
 
 def steps_of(cfg, task: Data) -> tuple[int, int]:
-    """The real images per step, and the steps of a task."""
+    """The real images per step, and the training steps of the whole task."""
     size = min(cfg.batch_size, len(task.y))
     if size % world():
         stop(f"--batch-size: {size} images cannot be shared equally by {world()} processes")
@@ -1298,7 +1313,8 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, steps: int, n
     """Images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M] of (M, C, H, W)."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
-    size = min(SAMPLE_BATCH[cfg.device], math.ceil(len(y) / world()))
+    together = 1000 if cfg.device == "cuda" else 200
+    size = min(together, math.ceil(len(y) / world()))
     batches = torch.arange(len(y), device=y.device).split(size)
     for i in my_share(progress(batches, name)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
@@ -1344,7 +1360,7 @@ def new_state(cfg, data: Data, device: torch.device) -> State:
     try:
         model = UNet(data.x.shape[1], classes, cfg.channels, cfg.layers_per_block, cfg.dropout)
     except ValueError as error:
-        stop(f"--channels: {error}")
+        stop(f"--channels or --dropout: {error}")
     state = State(model.to(device), digest(data), [*data.x.shape[1:]])
     if METHODS[cfg.method].penalty:
         state.penalty = METHODS[cfg.method].penalty(cfg.lam)
@@ -1596,11 +1612,11 @@ def table(result: dict) -> str:
 def begin_run(cfg, device: torch.device) -> dict:
     """Load the data and the features of the FID, then run."""
     if rank() > 0:
-        all_sum(torch.zeros(1))  # waits until rank 0 has downloaded what is missing
+        dist.barrier()  # until rank 0 has downloaded what is missing
     data = load_data(cfg.dataset, cfg.data_dir)
     features = fid_features(cfg, data, device)
-    if rank() == 0:
-        all_sum(torch.zeros(1))
+    if rank() == 0 and world() > 1:
+        dist.barrier()
     if cfg.limit:
         data = limit_classes(data, cfg.limit)
         cfg.fid_features += f", limit {cfg.limit}"
@@ -1635,7 +1651,7 @@ def main(argv: list[str] | None = None) -> dict:
             picture = cfg.out / f"samples-task{cfg.tasks}.png"
             message = f"Look at {picture}; beside it are result.json, log.jsonl and model.pt"
     except KeyboardInterrupt as interrupt:
-        (status,) = interrupt.args or (signal.SIGINT,)
+        status = interrupt.args[0] if interrupt.args else signal.SIGINT
         message = "interrupted; the same command, without --fresh, goes on from the last checkpoint"
         print(f"\nrank1_ewc: {message}", file=sys.stderr)
         raise SystemExit(128 + status) from None

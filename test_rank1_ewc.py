@@ -846,19 +846,20 @@ def test_tasks_hold_every_class_once_in_the_order_of_their_labels():
     assert seen == 6000 + 2000
 
 
-def test_a_dataset_of_torchvisions_is_read_as_32x32_pixels():
+def test_a_dataset_of_torchvisions_is_read_as_32x32_pixels(monkeypatch):
     def dataset(data_dir, train, download):
         return SimpleNamespace(data=pixels[int(train)], targets=labels[int(train)])
 
+    monkeypatch.setattr(torchvision.datasets, "MNIST", dataset)
     labels = [[5, 6, 7], [2, 3, 4]]
     pixels = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)  # MNIST has tensors
-    data = r.load_torchvision(dataset, Path())
+    data = r.load_torchvision("MNIST", Path())
     padded = functional.pad(pixels, (2, 2, 2, 2))
     assert torch.stack([data.test_x, data.x])[:, :, 0].equal(padded)
     assert torch.stack([data.test_y, data.y]).tolist() == labels
 
     pixels = torch.randint(256, (2, 3, 32, 32, 3), dtype=torch.uint8).numpy()  # CIFAR-10 arrays
-    data = r.load_torchvision(dataset, Path())
+    data = r.load_torchvision("MNIST", Path())
     assert np.array_equal(data.x.permute(0, 2, 3, 1), pixels[1])
 
 
@@ -972,7 +973,7 @@ def test_real_images_for_comparison_are_as_many_of_each_class_as_the_test_has():
     task = r.Data(x, y, x[77:83], y[77:83])  # three of each
     features = Mock(side_effect=four_pixels)
     state = SimpleNamespace(fid_real=[])
-    r.fid_of_real_images(settings(), state, [task], [np.zeros((6, 1))], features)
+    r.record_fid_of_real_images(settings(), state, [task], [np.zeros((6, 1))], features)
     drawn = features.call_args.args[0].flatten().tolist()
     assert len(set(drawn)) == 6
     assert max(drawn[:3]) < 80 <= min(drawn[3:])
@@ -1032,6 +1033,13 @@ def test_the_papers_settings_hold_but_for_a_datasets_row_and_then_the_command_li
     assert r.parse_args(["--out=~/x"]).out == Path.home() / "x"
 
 
+@pytest.mark.parametrize(("argv", "lam"), [([], 10), (["--dataset=mnist"], 15000)])
+def test_help_shows_the_defaults_of_the_dataset_on_the_line(capsys, argv, lam):
+    with pytest.raises(SystemExit):
+        r.parse_args([*argv, "--help"])
+    assert f"(default: {lam}.0)" in " ".join(capsys.readouterr().out.split())
+
+
 REFUSED = """
 --dataset=digit
 --fid=vgg
@@ -1055,6 +1063,7 @@ REFUSED = """
 --tasks=3 | --tasks 3 10 divisor
 --channels=8,12 | --channels multiples of 8
 --channels=8,8,8,8 | --channels levels 8x8
+--dropout=2 | --dropout probability
 --out=/dev/null/out | /dev/null/out written
 --lr=1e12 | task 1 finite epoch --lr 1e+12 --lam
 """

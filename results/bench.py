@@ -456,7 +456,8 @@ def bench_runs(bench: Bench) -> None:
         our_s = sum(ours["seconds"].values())
         apart = difference(plain["afid"][-1], ours["afid"][-1])
         bench.keep(name, plain_s, our_s, aim, apart, 0.1)
-        bench.notes.append(f"- {name}, seconds: plain {plain['seconds']}, ours {ours['seconds']}")
+        parts = [f"{part} {plain['seconds'][part]}, {s}" for part, s in ours["seconds"].items()]
+        bench.notes.append(f"- {name}, seconds of plain and ours: {'; '.join(parts)}")
 
 
 # ---- What more tasks cost.
