@@ -304,12 +304,14 @@ def check_first_sample(
     model: nn.Module, batch: tuple, loss: Callable, found: Tensor, u: Tensor | None = None
 ) -> None:
     """ValueError unless `found` is the first sample's g, or u^T g, as it is computed alone."""
+
+    def gradient(samples: Iterable[Tensor]) -> Tensor:  # of the first of them
+        first = loss(model, *samples)[0]
+        return flat(torch.autograd.grad(first, trainable(model), materialize_grads=True))
+
     before = generator_states(batch[0].device)
-    first = [v[:1] for v in batch]
-    g, in_batch = [
-        flat(torch.autograd.grad(loss(model, *v)[0], trainable(model), materialize_grads=True))
-        for v in (first, batch)
-    ]
+    g = gradient([v[:1] for v in batch])
+    in_batch = gradient(batch)
     exact = g if u is None else u @ g.to(u.dtype)
     error = max((in_batch - g).norm(), (found - exact).norm())
     drew = not torch.equal(before, generator_states(batch[0].device))
