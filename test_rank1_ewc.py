@@ -665,7 +665,7 @@ DATA = r.Data(IMAGES, LABELS, IMAGES[TEST].flip(2), LABELS[TEST])
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """tiny(flag, ..) runs five tasks of two grey classes: three steps each, a FID of four pixels."""
+    """tiny(flag, ..) runs five tasks of two grey classes, three steps each: FIDs of four pixels."""
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: DATA, ""))
     monkeypatch.setattr(r, "classifier_features", lambda *_: four_pixels)
     monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)

@@ -437,7 +437,7 @@ def plot_afid(runs, dataset: str, features: str, path: Path) -> None:
     """
     classes = len(runs.class_order.iloc[0] or range(10))  # older runs have no order
     per_task = ", ".join([str(classes // tasks) for tasks in runs.tasks.unique()])
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     colors = {}
     for name, row in runs.groupby("line", sort=False):
@@ -451,11 +451,10 @@ def plot_afid(runs, dataset: str, features: str, path: Path) -> None:
         style = {"color": colors.get(method), "fmt": "--", "label": f"paper: {method}"}
         axes.errorbar(range(1, 6), numbers[:5], numbers[5:], capsize=2, **style)
     axes.set(xlabel="after task", ylabel=f"AFID (features: {features})", xticks=after)
-    title = f"AFID on {dataset}, classes per task: {per_task} (the lower, the better)"
-    axes.set_title(title, wrap=True)
+    axes.set_title(f"AFID on {dataset}, classes per task: {per_task} (the lower, the better)")
     number_axis(axes.yaxis)
     axes.grid(alpha=0.3)
-    axes.legend(title="row (seeds)", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(title="row (seeds)", loc="outside lower center", ncols=2)
     save(figure, path)
 
 
