@@ -621,6 +621,8 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
     single row.
     """
     setting = "lam" if over == "curvature" else over
+    if setting not in usual_settings("digits"):
+        r.stop(f"--over {over}: no setting is called so")
     runs = read_runs(folders, over=setting, against=against)
     if runs.fid_features.nunique() > 1:
         r.stop("FIDs on features of different networks cannot be compared: compare runs apart")
@@ -647,12 +649,13 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
 def sample(run: Path, classes: str, to: Path) -> None:
     """Let a finished run's model generate ten images of each of these classes, a row a class."""
     result = r.read_result(run / "result.json")
+    cpu = torch.device("cpu")
+    weights = r.load_tensors(run / "model.pt", cpu, "train it with --fresh")
     config = result["config"]
     order = result["class_order"]
     shape = result["shape"]
     model = r.UNet(shape[0], len(order), config["channels"], config["layers_per_block"])
-    cpu = torch.device("cpu")
-    model.load_state_dict(r.load_tensors(run / "model.pt", cpu, "train it with --fresh"))
+    model.load_state_dict(weights)
     try:
         labels = [order.index(int(c)) for c in classes.split(",")]
     except ValueError:
@@ -745,6 +748,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", help="Figure 5 alone, of these methods: finetune,gd")
     add("--classes", default="", help="of which --sample generates images: 3,7")
     args = parser.parse_args(argv)
+    if (args.over or args.rows or args.summary or args.tradeoff) and not args.to:
+        r.stop("--to is to name what is written")
     first = args.paths[0]
     to = args.to or first
     if args.over:
