@@ -1565,6 +1565,13 @@ def test_runs_that_cannot_be_reported_together_are_refused_in_one_line(assert_re
     assert_refused(f"{words} runs/b", report.main, ["runs"])
 
 
+@pytest.mark.parametrize("flags", ["--over=lr", "--over=rate --to=x", "--rows=gd", "--summary"])
+def test_a_report_without_a_name_or_over_no_setting_is_refused(assert_refused, flags):
+    hand_made_run("runs/gd")
+    word = "rate" if "rate" in flags else "--to"
+    assert_refused(word, report.main, ["runs", *flags.split()])
+
+
 def test_a_comparison_with_another_row_has_the_interval_of_a_paired_t_test_and_bonferronis():
     ours = [18.5, 25.0, 23.0]
     theirs = [20.0, 26.0, 22.0]
