@@ -91,7 +91,8 @@ def to_float(images: Tensor) -> Tensor:
     """
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
-    low, high = images.min().item(), images.max().item()
+    low = images.min().item()
+    high = images.max().item()
     if not (images.is_floating_point() and -1 <= low < 0 and high <= 1):
         found = f"{images.dtype} from {low:g} to {high:g}"
         raise ValueError(f"images must be uint8, or floats in -1..1 with some below 0: not {found}")
@@ -101,7 +102,7 @@ def to_float(images: Tensor) -> Tensor:
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
     """A generator for each purpose: one draw more in one place changes no other place."""
     digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
-    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits
+    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits: there is room to add a rank
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -580,7 +581,8 @@ def epoch_batches(
     order = torch.randperm(len(task.x), generator=order_rng, device=device)
     full = len(order) // size * size  # a random remainder is left out
     for index in order[:full].split(size):
-        images, labels = task.x[index], task.y[index]
+        images = task.x[index]
+        labels = task.y[index]
         if replay is not None:
             old_x, old_y = replay
             old = torch.randint(len(old_y), (size,), generator=replay_rng, device=device)

@@ -334,9 +334,9 @@ def bench_training(bench: Bench) -> None:
     own = (bench.student, bench.teacher)
     theirs = [plain_network(cfg, network) for network in own]
 
-    def take_steps(networks, batches, penalty, bf16=False, fused=None):
+    def take_steps(networks, batches, penalty, bf16=False):
         student = copy.deepcopy(networks[0])
-        optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=fused)
+        optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr)
         terms = []
         for batch in batches(bench.task, bench.pool, cfg.batch_size, cfg.seed, 1, 0):
             terms.append(r.train_step(student, networks[1], penalty, optimizer, batch, bf16))
@@ -344,7 +344,7 @@ def bench_training(bench: Bench) -> None:
 
     def compare(name, same_to, batches, penalties):
         plain = partial(take_steps, theirs, batches, penalties[0])
-        ours = partial(take_steps, own, r.epoch_batches, penalties[1], cfg.bf16, bench.gpu or None)
+        ours = partial(take_steps, own, r.epoch_batches, penalties[1], cfg.bf16)
         bench.compare(name, plain, ours, (1.2, 3), None if cfg.bf16 else same_to)
 
     compare(f"{bench.steps} training steps ({NETWORK})", 1e-3, r.epoch_batches, (None, None))
