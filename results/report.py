@@ -647,7 +647,10 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
 
 
 def sample(run: Path, classes: str, to: Path) -> None:
-    """Let a finished run's model generate ten images of each of these classes, a row a class."""
+    """Let a finished run's model generate ten images of each of these classes, a row a class.
+
+    From the noises of the run's own pictures.
+    """
     result = r.read_result(run / "result.json")
     cpu = torch.device("cpu")
     weights = r.load_tensors(run / "model.pt", cpu, "train it with --fresh")
@@ -661,7 +664,8 @@ def sample(run: Path, classes: str, to: Path) -> None:
     except ValueError:
         r.stop(f"--classes {classes}: {run} has learned the classes 0 to {len(order) - 1}")
     y = torch.tensor(labels).repeat_interleave(10)
-    noise = torch.randn(len(y), *shape, generator=r.rng(cpu, "sample"))
+    noise = torch.randn(10, *shape, generator=r.rng(cpu, config["seed"], "picture"))
+    noise = noise.repeat(len(labels), 1, 1, 1)
     images = r.ddim_sample(model.eval(), noise, y, config["sample_steps"])
     images = interpolate(images, scale_factor=max(1, 64 // shape[-1]))
     r.save_grid(to, r.to_uint8(images), columns=10)
