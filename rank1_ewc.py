@@ -1,19 +1,19 @@
-"""Class-incremental continual learning of a diffusion model: distillation and rank-1 EWC.
+"""Class-incremental learning of a diffusion model with generative distillation and rank-1 EWC.
 
 "Avoid Catastrophic Forgetting with Rank-1 Fisher from Diffusion Models", Wang, Gupta, Dong,
-MacLellan, ICLR 2026, arXiv 2509.23593. Part I is the paper and stands on its own. Part II has its
-network, data and FID, Part III what a run needs besides (settings, checkpoints, ..).
+MacLellan, ICLR 2026, arXiv 2509.23593. Part I is the paper's method and can be read on its own.
+Part II has the network, data and FID; Part III has settings, checkpoints and the command line.
 
     python rank1_ewc.py --epochs 90                             # 8x8 digits: minutes on a laptop
     python rank1_ewc.py --dataset mnist --method rank1          # the paper's run: hours on a GPU
     torchrun --nproc_per_node 8 rank1_ewc.py --dataset mnist    # on 8 GPUs; --help lists all flags
 
-The paper's equations, and where they are:
+Where to find the paper's equations:
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          add_noise
     the denoising loss of one sample, l                    per_sample_loss
     DDIM, from noise to an image                           ddim_sample
-    replay: samples of old classes by the teacher          replay_pool
+    replay: the teacher's samples of old classes           replay_pool
     L_T and L_GD                                           losses
     Propositions 1 and 2, Theorem 1: F ~ c* mu mu^T        rank1_fisher
     F_jj = E[g_j^2]                                        diagonal_fisher
@@ -22,13 +22,13 @@ The paper's equations, and where they are:
     the rows of Table 1                                    METHODS
     L = L_T + L_GD + L_EWC                                 objective
     AFID and forgetting                                    afid_and_forgetting
-    teacher, Adam, task after task                         begin_task, run
+    a new teacher and a new Adam for each task             begin_task, run
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,);
-eps Gaussian noise like x0; abar_t how much of x0 is left at t; theta all D trainable weights as one
-vector, (D,); theta* the weights at the end of a task; g = dl/dtheta the gradient of one sample's
-loss, (D,); mu = E[g]; c* the coefficient of F = E[g g^T] on mu mu^T; lam EWC's lambda; k an old
-task.
+eps Gaussian noise of x0's shape; abar_t how much of x0 is left in x_t; theta all D trainable
+weights as one vector, (D,); theta* the weights at the end of a task; g = dl/dtheta the gradient of
+one sample's loss, (D,); mu = E[g]; F = E[g g^T] the Fisher; c* the coefficient in F ~ c* mu mu^T;
+lam EWC's lambda; k an old task.
 """
 
 import argparse
@@ -65,8 +65,8 @@ from tqdm import tqdm
 # PART I: THE PAPER
 # ==================================================================================================
 
-# ---- First the little that the mathematics below takes for granted: weights as a vector, images as
-# numbers, random numbers, and torchrun's processes, each of which does its share of the work.
+# ---- Helpers for the mathematics below: weights as one vector, images as floats, random numbers,
+# and the division of work among torchrun's processes.
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
@@ -75,19 +75,19 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers of these tensors as one vector: flat(trainable(model)) is theta, (D,)."""
+    """The tensors concatenated into one vector: flat(trainable(model)) is theta, (D,)."""
     return torch.cat([v.reshape(-1) for v in tensors])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """a^T b summed in float64: over 37 million weights float32 would lose digits."""
+    """a^T b in float64: summed over 37 million weights, float32 would lose digits."""
     return float(a.cpu().double() @ b.cpu().double())
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-1, 1]; floats in [-1, 1] stay as they are.
 
-    ValueError: anything else, also floats with none below 0, which are probably in 0..1.
+    ValueError: anything else, including floats with none below 0, which are probably in 0..1.
     """
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
@@ -95,41 +95,41 @@ def to_float(images: Tensor) -> Tensor:
     high = images.max().item()
     if not (images.is_floating_point() and -1 <= low < 0 and high <= 1):
         found = f"{images.dtype} from {low:g} to {high:g}"
-        raise ValueError(f"images must be uint8, or floats in -1..1 with some below 0: not {found}")
+        raise ValueError(f"images must be uint8, or floats in -1..1 with some below 0, not {found}")
     return images
 
 
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
-    """A generator for each purpose: one draw more in one place changes no other place."""
+    """A separate generator per purpose, so that one more draw in one place changes no other."""
     digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
-    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits: there is room to add a rank
+    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits leave room for adding a rank
     return torch.Generator(device).manual_seed(seed)
 
 
 def rank() -> int:
-    """The number of this process."""
+    """The number of this process, 0..world()-1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def my_share(items: Iterable) -> Iterator:
-    """Every world()-th item: those that this process computes."""
+    """The items that this process computes: every world()-th."""
     return islice(items, rank(), None, world())
 
 
 def all_sum(v: Tensor) -> Tensor:
-    """v, summed over the processes in place."""
+    """Sum v over all processes, in place."""
     if world() > 1:
         dist.all_reduce(v)
     return v
 
 
 # ---- Diffusion (DDPM, arXiv 2006.11239): noise is mixed into an image, and the network learns to
-# find it. An image is generated from pure noise by taking away what it finds, step by step.
+# predict it. An image is generated from pure noise by removing the predicted noise step by step.
 
 NUM_STEPS = 1000  # timesteps
 
@@ -144,28 +144,28 @@ def alphas_cumprod(device: torch.device) -> Tensor:
 def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x0, eps (B, ..), t (B,) -> (B, ..).
 
-    ValueError: x0 are not floats, but perhaps still uint8.
+    ValueError: x0 is not float, for example still uint8.
     """
     if not x0.is_floating_point():
-        raise ValueError(f"x0 must be floats in -1..1, not {x0.dtype}: to_float(images)")
-    each = [-1] + [1] * (x0.ndim - 1)  # abar_t belongs to each sample, whatever a sample's shape
+        raise ValueError(f"x0 must be floats in -1..1, not {x0.dtype}: use to_float(images)")
+    each = [-1] + [1] * (x0.ndim - 1)  # to broadcast abar_t over samples of any shape
     abar = alphas_cumprod(x0.device)[t].view(each)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
 
 def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """t ~ U{0..999} (B,) and eps ~ N(0, 1) like x0."""
+    """t ~ U{0..999} (B,) and eps ~ N(0, 1) of x0's shape."""
     t = torch.randint(NUM_STEPS, (len(x0),), generator=generator, device=x0.device)
     eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     return t, eps
 
 
 def predict_noise(model: Callable, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """eps_theta(x_t, t, y), like x_t. ValueError: another shape, which would broadcast silently."""
-    eps = model(x_t.clone(), t, y)  # a copy, as a model may work in place
+    """eps_theta(x_t, t, y), in x_t's shape. ValueError: another shape, which could broadcast."""
+    eps = model(x_t.clone(), t, y)  # a copy, because a model may change its input in place
     if eps.shape != x_t.shape:
         shapes = f"{tuple(x_t.shape)}, not {tuple(eps.shape)}"
-        raise ValueError(f"the model must give eps in the shape of x_t, {shapes}")
+        raise ValueError(f"the model must return eps in the shape of x_t, {shapes}")
     return eps
 
 
@@ -180,8 +180,8 @@ def per_sample_loss(model: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tens
 def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> Tensor:
     """DDIM (arXiv 2010.02502) with eta 0: noise (B, C, H, W), y (B,) -> x0 (B, C, H, W) in [-1, 1].
 
-    The same as diffusers' DDIMScheduler: `steps` (1..1000) timesteps ("leading": 980, 960, .., 0
-    for 50); x0_hat is clipped, the direction keeps the unclipped eps_hat, the last step goes to
+    As in diffusers' DDIMScheduler, the `steps` (1..1000) timesteps are "leading" (980, 960, .., 0
+    for 50), x0_hat is clipped, the direction uses the unclipped eps_hat, and the last step goes to
     abar = 1.
     """
     abar = alphas_cumprod(noise.device)
@@ -189,7 +189,7 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
     x = noise
     for t in range((steps - 1) * stride, -1, -stride):
         same_t = torch.full((len(y),), t, device=y.device)
-        eps = predict_noise(model, x, same_t, y).float()  # with --bf16 it comes as bfloat16
+        eps = predict_noise(model, x, same_t, y).float()  # it is bfloat16 with --bf16
         x0 = ((x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
         abar_next = abar[t - stride] if t > 0 else torch.ones_like(abar[0])
         x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
@@ -197,14 +197,14 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
 
 
 # ---- Generative distillation (arXiv 2311.14028): the teacher, a frozen copy of the model after the
-# last task, generates images of all old classes. On these the student imitates it.
+# previous task, generates images of all old classes. On these the student imitates the teacher.
 
 
 def replay_pool(cfg, teacher: nn.Module, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
-    """The teacher's samples of classes 0..num_old-1, equally many. -> (N, C, H, W) uint8, (N,)."""
+    """Equally many teacher samples of each class 0..num_old-1. -> (N, C, H, W) uint8, y (N,)."""
     device = next(teacher.parameters()).device
-    # Image i gets noise[i % replay_per_class]: as in the authors' code the n-th image of every
-    # class, after every task, has the same noise.
+    # As in the authors' code, the n-th image of every class, after every task, starts from the
+    # same noise: image i from noise[i % replay_per_class].
     generator = rng(device, cfg.seed, "replay pool")
     noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=device)
     y = torch.arange(num_old, device=device).repeat_interleave(cfg.replay_per_class)
@@ -215,11 +215,11 @@ def replay_pool(cfg, teacher: nn.Module, shape: tuple, num_old: int) -> tuple[Te
 def losses(
     model: Callable, teacher: Callable | None, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_T, the denoising loss of real rows, and L_GD, how far replayed ones are from the teacher's.
+    """L_T, the denoising loss of real rows, and L_GD, the distance to the teacher on replayed ones.
 
-    x0, eps (B, C, H, W), t, y (B,). With a teacher the first half of the rows is real, the second
-    is replayed; without one all rows, also replayed ones, are denoised, and L_GD is 0. The student
-    runs once, as in the authors' code. ValueError: an odd number of rows with a teacher.
+    x0, eps (B, C, H, W), t, y (B,). With a teacher, the first half of the rows is real, the second
+    replayed. Without one, all rows are denoised, even replayed ones, and L_GD is 0. As in the
+    authors' code, the student runs once. ValueError: an odd number of rows with a teacher.
     """
     x_t = add_noise(x0, t, eps)
     eps_model = predict_noise(model, x_t, t, y)
@@ -235,20 +235,21 @@ def losses(
     return denoise, distill
 
 
-# ---- Fisher: F = E[g g^T], taken after a task on its real images, says which directions in weight
-# space matter to it. It has D x D entries, so something smaller stands in for it.
+# ---- Fisher: F = E[g g^T], computed after a task on its real images, tells which directions in
+# weight space matter to that task. F has D x D entries, so something smaller approximates it.
 #
-# The contract of a Fisher, also of one of your own (results/beyond.py has some):
+# The contract of every Fisher, including one that you write (results/beyond.py has examples):
 #   fisher(model, x, y, n, generator, loss=per_sample_loss) -> what its penalty's add() takes
-# F is that of the trainable weights in eval mode. x: images (N, C, H, W), uint8 or in [-1, 1]; y:
-# classes (N,); n: the number of samples (image, t, eps); generator: on their device.
-# loss(model, x0, t, eps, y) -> (B,), of each sample; one of your own gets x unchanged, but for
-# uint8, which becomes [-1, 1]. Under torchrun the processes divide the work: each must call it,
-# with the network itself and not with DistributedDataParallel's wrapper. ValueError: a model or
-# images whose F would be wrong. FloatingPointError: a gradient is not finite.
+# F is that of the trainable weights, in eval mode. x: images (N, C, H, W), uint8 or in [-1, 1]; y:
+# classes (N,); n: the number of samples (image, t, eps); generator: on the images' device.
+# loss(model, x0, t, eps, y) -> (B,), one per sample. It gets uint8 images in [-1, 1], and floats
+# unchanged: for a loss that you write, they may have any range. Under torchrun the processes divide
+# the work, so every one must call the Fisher, with the network itself and not with its
+# DistributedDataParallel wrapper. ValueError: a model or images for which F would be wrong.
+# FloatingPointError: a gradient is not finite, or all are 0.
 
 FISHER_BATCH = 128  # samples computed together
-GRADIENT_FLOATS = 400_000_000  # numbers in the per-sample gradients that are held at once: 1.6 GB
+GRADIENT_FLOATS = 400_000_000  # at most this many numbers in per-sample gradients at once: 1.6 GB
 
 
 def fisher_batches(
@@ -259,11 +260,11 @@ def fisher_batches(
     loss: Callable = per_sample_loss,
     size: int = FISHER_BATCH,
 ) -> Iterator[tuple]:
-    """n samples (x0, t, eps, y) in batches: each image once, in random order, before any twice."""
+    """Batches of n samples (x0, t, eps, y): all images in random order before any is repeated."""
     if not len(x) == len(y) > 0:
         raise ValueError(f"each image needs its class: {len(x)} images, {len(y)} classes")
     if loss is per_sample_loss and x.dtype != torch.uint8:
-        to_float(x)  # only checks the range: another loss may take latents
+        to_float(x)  # only checks the range; another loss may take latents
     rounds = math.ceil(n / len(x))
     orders = [torch.randperm(len(x), generator=generator, device=x.device) for _ in range(rounds)]
     for index in torch.cat(orders)[:n].split(size):
@@ -275,14 +276,14 @@ def fisher_batches(
 
 
 def zeros_for_sum(weights: list[Tensor]) -> Tensor:
-    """(D,) zeros in float32 at least: in bfloat16 a long sum would stop growing."""
+    """Zeros (D,), at least float32: in bfloat16 a long sum would stop growing."""
     zeros = torch.zeros_like(flat(weights))
     return zeros.to(torch.promote_types(zeros.dtype, torch.float32))
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, then as before. Not by eval(), in which a LoRA layer may merge."""
+    """All modules in eval mode, then as before. Not by eval(), which may merge a LoRA layer."""
     before = {module: module.training for module in model.modules()}
     for module in before:
         module.training = False
@@ -294,7 +295,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def generator_states(device: torch.device) -> Tensor:
-    """The states of PyTorch's global generators, of the CPU and of a GPU if that is the device."""
+    """The states of PyTorch's global generators: the CPU's, and the GPU's if `device` is one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -304,9 +305,9 @@ def generator_states(device: torch.device) -> Tensor:
 def check_first_sample(
     model: nn.Module, batch: tuple, loss: Callable, found: Tensor, u: Tensor | None = None
 ) -> None:
-    """ValueError unless `found` is the first sample's g, or u^T g, as it is computed alone."""
+    """ValueError unless `found` is the first sample's g, or u^T g, computed on it alone."""
 
-    def gradient(samples: Iterable[Tensor]) -> Tensor:  # of the first of them
+    def gradient(samples: Iterable[Tensor]) -> Tensor:  # of the first one's loss
         first = loss(model, *samples)[0]
         return flat(torch.autograd.grad(first, trainable(model), materialize_grads=True))
 
@@ -315,41 +316,42 @@ def check_first_sample(
     in_batch = gradient(batch)
     exact = g if u is None else u @ g.to(u.dtype)
     error = max((in_batch - g).norm(), (found - exact).norm())
+    rounding = 0.02 + 10 * torch.finfo(g.dtype).eps  # 2% of ||g||, in bfloat16 10%
     drew = not torch.equal(before, generator_states(batch[0].device))
-    if drew or error > (0.02 + 10 * torch.finfo(g.dtype).eps) * g.norm():
-        why = "mixes samples (by a batch norm?), draws at random, or uses weights of another module"
+    if drew or error > rounding * g.norm():
+        why = "mixes samples (by a batch norm?), draws at random, or uses another module's weights"
         raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
 # Why rank 1? At high noise x_t is nearly all noise, and the best denoiser is a scaled identity
-# (Proposition 1). If eps_hat = a(theta) x_t, then g is (a x_t - eps)^T x_t da/dtheta, up to a
-# factor: a number c(x_t) times one vector v for all samples (Proposition 2). So g g^T = c^2 v v^T,
-# F has rank 1, and as mu is a multiple of v too, F ~ c* mu mu^T with c* = mu^T F mu / ||mu||^4 and
-# mu^T F mu = E[(mu^T g)^2] (Theorem 1). The mu of different t are nearly parallel: one mu, over
-# random t, serves for all. But over all t, as the method takes it, F is further from rank 1 than at
-# high noise alone (results/README.md).
+# (Proposition 1). If eps_hat = a(theta) x_t, then, up to a constant, g is (a x_t - eps)^T x_t times
+# da/dtheta: a number c(x_t) times a vector v that all samples share (Proposition 2). So
+# g g^T = c^2 v v^T, and F has rank 1. As mu is a multiple of v, too, F ~ c* mu mu^T with
+# c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1). The mu of different t are
+# nearly parallel, so one mu over random t serves for all. But F over all t, which the method
+# approximates, is further from rank 1 than F at high noise (results/README.md).
 def rank1_fisher(
     model: nn.Module, x: Tensor, y: Tensor, n: int, generator: torch.Generator, loss=per_sample_loss
 ) -> tuple[Tensor, Tensor]:
     """Theorem 1: mu = E[g] (D,) over n draws, c* = E[(mu^T g)^2] / ||mu||^4 () over n others.
 
-    On the draws of mu itself c* would be too large: mu^T g_i then contains ||g_i||^2 / n.
+    Over the draws that gave mu, c* would be too large: mu^T g_i would contain ||g_i||^2 / n.
     """
     weights = trainable(model)
     total = zeros_for_sum(weights)  # sum of all g_i
     squares = total.new_zeros(())  # sum of all (u^T g_i)^2, with u = mu / ||mu||
-    # MATH: the other kernels of attention have no second derivative.
+    # MATH: the other attention kernels have no second derivative.
     with eval_mode(model), sdpa_kernel(SDPBackend.MATH):
         for batch in my_share(fisher_batches(x, y, n, generator, loss)):
             l = loss(model, *batch)  # (B,)
-            # materialize_grads: a weight that the loss does not use has gradient 0.
+            # materialize_grads: a weight that the loss does not use gets gradient 0, not None.
             total += flat(torch.autograd.grad(l.sum(), weights, materialize_grads=True))
         mu = all_sum(total) / n
         mu_norm = math.sqrt(dot(mu, mu))
         u = mu / mu_norm
 
-        # u^T g_i of a whole batch, and no gradient of any sample: with a weight w_i on each loss, a
-        # backward pass gives G = sum_i w_i g_i, and the derivative of u^T G by w_i is u^T g_i.
+        # A batch's u^T g_i without per-sample gradients: with a weight w_i on each loss, a backward
+        # pass gives G = sum_i w_i g_i, and the derivative of u^T G with respect to w_i is u^T g_i.
         for i, batch in enumerate(my_share(fisher_batches(x, y, n, generator, loss))):
             l = loss(model, *batch)
             w = torch.ones_like(l, requires_grad=True)
@@ -367,17 +369,17 @@ def rank1_fisher(
 def per_sample_gradients(
     model: nn.Module, batch: tuple, loss: Callable = per_sample_loss
 ) -> Tensor:
-    """g_i of each sample of a batch (x0, t, eps, y), in the model's present mode. -> (B, D)."""
+    """g_i of each sample of a batch (x0, t, eps, y), in the model's current mode. -> (B, D)."""
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_of_one(weights, x0, t, eps, y):
         def predict(*inputs):
-            # With tie_weights a module that the model holds twice would be left with plain tensors.
+            # tie_weights=True would leave plain tensors in a module that the model holds twice.
             return functional_call(model, weights, inputs, tie_weights=False)
 
         return loss(predict, x0[None], t[None], eps[None], y[None])[0]
 
-    with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be batched so
+    with sdpa_kernel(SDPBackend.MATH):  # vmap cannot batch the other attention kernels
         g = vmap(grad(loss_of_one), (None, 0, 0, 0, 0))(weights, *batch)
     return torch.cat([v.reshape(len(v), -1) for v in g.values()], 1)
 
@@ -385,7 +387,7 @@ def per_sample_gradients(
 def diagonal_fisher(
     model: nn.Module, x: Tensor, y: Tensor, n: int, generator: torch.Generator, loss=per_sample_loss
 ) -> Tensor:
-    """F_jj = E[g_j^2] (D,) over n draws (EWC, arXiv 1612.00796), by gradients of single samples."""
+    """F_jj = E[g_j^2] (D,) over n draws (EWC, arXiv 1612.00796), from per-sample gradients."""
     total = zeros_for_sum(trainable(model))
     # 128 gradients of 37 million weights would take 19 GB.
     size = max(1, min(FISHER_BATCH, GRADIENT_FLOATS // len(total)))
@@ -401,22 +403,22 @@ def diagonal_fisher(
     return F
 
 
-# ---- Penalties make it expensive to move along what F says matters, for any number of old tasks.
+# ---- Penalties make it expensive to move the weights in directions that matter to any old task.
 #
-# The contract of a penalty, also of one of your own; theta is flat(trainable(model)), (D,), in the
-# order of model.parameters(), which must stay the same:
+# The contract of every penalty, including one that you write. theta is flat(trainable(model)),
+# (D,), in the order of model.parameters(), which must stay the same:
 #   Penalty(lam)           lam: EWC's lambda, the weight of the penalty
-#   add(fisher, theta)     after a task; copies what it keeps -> numbers for result.json
+#   add(fisher, theta)     called after a task; copies what it keeps -> numbers for result.json
 #   penalty(theta)         the scalar L_EWC, 0 before the first add
 #   drift(theta)           a vector for result.json: how far theta is from the theta*_k
-#   after_step(model, lr)  if there is one, follows each step of the optimizer
-# A checkpoint stores vars(penalty). ValueError: lam or c* that is not a finite number from 0 on; a
-# Fisher of another size than theta, or not finite.
+#   after_step(model, lr)  optional: called after each step of the optimizer
+# A checkpoint stores vars(penalty). ValueError: lam or c* is negative or not finite; the Fisher is
+# not finite, or not of theta's size.
 
 
 def check_nonnegative(name: str, value: float) -> float:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number from 0 on, not {value}")
+        raise ValueError(f"{name} must be finite and at least 0, not {value}")
     return value
 
 
@@ -429,13 +431,14 @@ def check_fisher(v: Tensor, theta: Tensor) -> None:
 class Rank1Penalty:
     """(lam/2) sum_k c*_k (mu_k^T (theta - theta*_k))^2, the paper's rank-1 EWC.
 
-    Of each old task mu_k, c*_k and one number are kept, and only the newest theta*, as the origin:
+    It keeps mu_k, c*_k and offset_k of each old task, but only the newest theta*, as the origin:
 
         mu_k^T (theta - theta*_k) = mu_k^T (theta - origin) + offset_k
         offset_k = mu_k^T (origin - theta*_k)
 
-    To keep every theta*_k would take another vector per task, and mu_k^T theta - mu_k^T theta*_k
-    would lose all digits of float32, as both are far larger than their difference.
+    Keeping every theta*_k would take another vector per task. Keeping the number mu_k^T theta*_k
+    instead would lose float32's digits in mu_k^T theta - mu_k^T theta*_k: both are far larger than
+    their difference.
     """
 
     def __init__(self, lam: float):
@@ -462,8 +465,8 @@ class Rank1Penalty:
         return {"c_star": float(c_star), "mu_norm": mu_norm, "energy": energy}
 
     def drift(self, theta: Tensor) -> Tensor:
-        """mu_k^T (theta - theta*_k): ||mu_k|| times the distance moved along mu_k. (k,)."""
-        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 has three digits
+        """mu_k^T (theta - theta*_k): ||mu_k|| times the distance moved along mu_k. -> (k,)."""
+        with torch.autocast(theta.device.type, enabled=False):  # bfloat16 has only three digits
             return self.mu @ (theta - self.origin).to(self.mu.dtype) + self.offset
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -475,8 +478,11 @@ class Rank1Penalty:
 class DiagonalPenalty:
     """(lam/2) sum_k sum_j F_k,jj (theta_j - theta*_k,j)^2, EWC (arXiv 1612.00796).
 
-    The square completed: sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + constant, with
-    H = sum_k F_k. A new task moves center by share = F_k / H of the way to its theta*_k, and adds
+    Completing the square makes one quadratic of all tasks (for one weight, with H = sum_k F_k):
+
+        sum_k F_k (theta - theta*_k)^2 = H (theta - center)^2 + constant
+
+    A new task moves center by share = F_k / H of the way to its theta*_k, and adds
     (H - F_k) share (theta*_k - center)^2 to the constant.
     """
 
@@ -490,7 +496,7 @@ class DiagonalPenalty:
     def add(self, fisher: Tensor, theta: Tensor) -> dict[str, float]:
         check_fisher(fisher, theta)
         H = self.H + fisher
-        share = torch.where(H > 0, fisher / H, 0.0)  # of this theta* in the weighted mean of all
+        share = torch.where(H > 0, fisher / H, 0.0)  # the new theta*'s weight in center
         moved = theta - self.center
         self.constant += dot(self.H * share, moved.square())
         self.center = self.center + share * moved
@@ -502,22 +508,22 @@ class DiagonalPenalty:
         return (self.H * (theta - self.center).square()).sum() + self.constant
 
     def drift(self, theta: Tensor) -> Tensor:
-        """The root of that sum, one number for all old tasks. (1,)."""
+        """The square root of squares(theta): one number for all old tasks. -> (1,)."""
         return self.squares(theta).sqrt()[None]
 
     def __call__(self, theta: Tensor) -> Tensor:
         return self.lam / 2 * self.squares(theta)
 
 
-# ---- Methods: the rows of Table 1, and two baselines. results/beyond.py adds rows of its own.
+# ---- Methods: the rows of Table 1, and two baselines. results/beyond.py adds more.
 
 
 class Method(NamedTuple):
-    """What protects the old classes: replay, imitation of the teacher on it, a Fisher's penalty."""
+    """What protects the old classes: replay, distillation on it, a penalty with a Fisher."""
 
     replay: bool = False
     distill: bool = False  # needs replay
-    fisher: Callable | None = None  # taken after each task, for the penalty
+    fisher: Callable | None = None  # computed after each task, for the penalty
     penalty: type | None = None
     joint: bool = False  # not continual: all classes at once
 
@@ -545,10 +551,10 @@ def objective(model: nn.Module, teacher: nn.Module | None, penalty, batch: tuple
 
 
 def train_step(model, teacher, penalty, optimizer, batch: tuple, bf16: bool = False) -> Tensor:
-    """One step of the optimizer down the objective. -> its three terms before the step, (3,).
+    """One optimizer step on the objective. -> its three terms before the step, (3,).
 
-    Of several processes, which must share a batch equally, each computes its rows, as many of them
-    real as replayed.
+    Each process computes an equal share of the real and of the replayed rows, so the number of
+    processes must divide both.
     """
     rows = [v[rank() :: world()] for v in batch]
     with torch.autocast(rows[0].device.type, torch.bfloat16, enabled=bf16):
@@ -569,17 +575,17 @@ def epoch_batches(
 ) -> Iterator[tuple]:
     """An epoch's batches (x0, t, eps, y): `size` real images, then as many replayed ones, if any.
 
-    All draws depend on the run's seed and the place, the numbers of the task and of the epoch.
+    All draws depend only on the run's seed and on `place`, the numbers of the task and the epoch.
     """
     device = task.x.device
     order_rng = rng(device, seed, "order", *place)
     noise_rng = rng(device, seed, "noise", *place)
     replay_rng = rng(device, seed, "replay", *place)
-    # Dropout draws from the global generator, and must differ between processes.
+    # Dropout draws from the global generator; its draws must differ between processes.
     torch.manual_seed(rng(device, seed, "dropout", *place).initial_seed() + rank())
 
     order = torch.randperm(len(task.x), generator=order_rng, device=device)
-    full = len(order) // size * size  # a random remainder is left out
+    full = len(order) // size * size  # the images left out differ between epochs
     for index in order[:full].split(size):
         images = task.x[index]
         labels = task.y[index]
@@ -594,9 +600,9 @@ def epoch_batches(
 
 
 def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqdm) -> None:
-    """Train a task's epochs that remain.
+    """Train the remaining epochs of a task.
 
-    --lr-decay and --ema, with which it ends with the average of its weights, are not the paper's.
+    --lr-decay and --ema are not the paper's. With --ema a task ends with its averaged weights.
     """
     model = state.model
     optimizer = state.optimizer
@@ -619,10 +625,10 @@ def train_task(cfg, state: "State", task: "Data", replay: tuple | None, bar: tqd
 
 
 def evaluate(cfg, model: nn.Module, tasks: list["Data"], features: Callable, device) -> list:
-    """FID features (N, d) of samples, for each task as many as test images, of the same labels."""
+    """FID features (N, d) per task, of one sample for each test image, with the same label."""
     sampled = []
     for k, task in enumerate(tasks):
-        # The same after every task, so that only the model changes.
+        # The same noise after every task, so that only the model changes.
         generator = rng(device, cfg.seed, "FID", k)
         noise = torch.randn(task.test_x.shape, generator=generator, device=device)
         y = task.test_y.to(device)
@@ -635,8 +641,8 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
     """fid[j][k]: FID on task k after task j, None for k > j. -> AFID after each task, forgetting.
 
     AFID_j = mean over k <= j of FID_k(m_j); forgetting = (1/T) sum_k (FID_k(m_T) - FID_k(m_k)).
-    Joint training has one row, of all tasks, and forgets nothing: None. (Its number in the paper's
-    Table 1 is one FID of all classes, fid_pooled.)
+    Joint training has one row, of all tasks, and no forgetting: None. (For joint training, the
+    paper's Table 1 gives one FID of all classes, which is fid_pooled here.)
     """
     matrix = np.array(fid, dtype=float)  # None becomes nan
     afid = np.nanmean(matrix, axis=1).tolist()
@@ -647,7 +653,7 @@ def afid_and_forgetting(fid: list[list[float | None]]) -> tuple[list[float], flo
 
 
 def begin_task(cfg, state: "State") -> None:
-    """A frozen copy of the model becomes the teacher; Adam and --ema's average start afresh."""
+    """A frozen copy of the model becomes the teacher; Adam and --ema's average start anew."""
     if METHODS[cfg.method].replay and state.task > 0:
         state.teacher = copy.deepcopy(state.model).eval().requires_grad_(False)
     state.optimizer = torch.optim.Adam(state.model.parameters(), lr=cfg.lr)
@@ -656,7 +662,7 @@ def begin_task(cfg, state: "State") -> None:
 
 
 def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: torch.device) -> dict:
-    """Learn task after task, from the last checkpoint on. -> what result.json holds.
+    """Learn task after task, from the checkpoint on if there is one. -> what result.json holds.
 
     data: all images and labels; features: images uint8 (N, C, H, W) -> FID features (N, d).
     """
@@ -664,7 +670,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     state = new_state(cfg, data, device)
     data, state.class_order = order_classes(cfg, data)
     tasks = split_tasks(data, cfg.tasks)
-    stages = [data] if method.joint else tasks  # what is learned, one after the other
+    stages = [data] if method.joint else tasks  # what is learned in turn
     real = [features(task.test_x) for task in tasks]
     load_checkpoint(cfg, state)
     record_fid_of_real_images(cfg, state, tasks, real, features)
@@ -674,10 +680,10 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
             task = stages[k].to(device)
             seen = tasks if method.joint else tasks[: k + 1]
             replay = None
-            if state.epoch == 0:  # else the checkpoint had the teacher and Adam
+            if state.epoch == 0:  # else the checkpoint restored teacher and Adam
                 begin_task(cfg, state)
             if method.replay and k > 0:
-                num_old = int(task.y.min())  # labels count up from task to task
+                num_old = int(task.y.min())  # labels increase from task to task
                 replay = replay_pool(cfg, state.teacher, task.x.shape[1:], num_old)
                 show_replay(cfg, k, replay)
                 lap(state, "replay")
@@ -704,7 +710,7 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
     return finish(cfg, state)
 
 
-# The paper has ended. Below are its network, its data and its metric, and what a long run needs.
+# The paper's method ends here. Below are its network, data and metric, and what a run needs.
 
 
 # ==================================================================================================
@@ -712,15 +718,15 @@ def run(cfg, data: "Data", features: Callable[[Tensor], np.ndarray], device: tor
 # ==================================================================================================
 
 # ---- Denoiser: eps_theta(x_t, t, y). The UNet of DDPM (arXiv 2006.11239) as diffusers' UNet2DModel
-# builds it in the paper's configuration, with the same names: a state_dict fits both ways.
+# builds it in the paper's configuration, with the same names: either loads the other's state_dict.
 
-HEAD_CHANNELS = 8  # of each head of attention
-ATTENTION_LEVEL = 2  # 8x8 of 32x32 pixels; two-level networks attend in the middle alone
+HEAD_CHANNELS = 8  # per attention head
+ATTENTION_LEVEL = 2  # 8x8 of 32x32 pixels; two-level networks have attention only in the middle
 PAPER_CHANNELS = [128, 256, 256, 256]
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t (B,), then two layers. -> (B, c_out)."""
+    """Sinusoids of t (B,), then two linear layers. -> (B, c_out)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -736,7 +742,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Resnet(nn.Module):
-    """A residual block. Time and class, temb, come in halfway; resample acts on both paths."""
+    """A residual block. temb (time and class) is added halfway; resample acts on both paths."""
 
     def __init__(self, c_in, c_out, temb_channels, groups, dropout, resample=None):
         super().__init__()
@@ -757,7 +763,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Between all pixels, in heads of HEAD_CHANNELS channels."""
+    """Self-attention between all pixels, in heads of HEAD_CHANNELS channels."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -777,7 +783,7 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the height and width, by a 3x3 convolution. temb: a Resnet may stand here."""
+    """Halve or double height and width by a 3x3 convolution. temb is unused: a Resnet needs it."""
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
@@ -789,9 +795,9 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """A level of the UNet: residual blocks, with attention after each if it attends, a resampling.
+    """A level of the UNet: residual blocks, attention after each if `attends`, and a resampling.
 
-    inputs: the channels that each residual block takes; sizes: the other arguments of a Resnet.
+    inputs: the input channels of each residual block; sizes: the other arguments of a Resnet.
     """
 
     def __init__(self, inputs: list[int], channels: int, attends: bool, sizes: dict):
@@ -809,11 +815,11 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Class-conditional denoiser, forward(x_t, t, y) -> eps. At its defaults the paper's network.
+    """Class-conditional denoiser, forward(x_t, t, y) -> eps. The defaults are the paper's network.
 
     x_t, eps: (B, in_channels, H, W), H, W multiples of 2^(levels - 1); t: (B,) int in 0..999;
     y: (B,) int in 0..num_classes-1. 37,191,681 weights for 1 channel and 10 classes.
-    ValueError: channels that the norms and the heads of attention do not divide.
+    ValueError: channels that group norms or attention heads cannot divide; a dropout outside 0..1.
     """
 
     def __init__(
@@ -839,7 +845,7 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList()
         c_in = channels[0]
-        skips = [c_in]  # the channels of what the way up takes from the way down
+        skips = [c_in]  # the channels of the skip connections
         for level, c in enumerate(channels):
             inputs = [c_in] + [c] * (layers_per_block - 1)
             block = Block(inputs, c, attends=level == ATTENTION_LEVEL, sizes=sizes)
@@ -869,7 +875,7 @@ class UNet(nn.Module):
 
     @staticmethod
     def resample(level: int, channels: int, up: bool, sizes: dict) -> nn.Module:
-        """A convolution; at the level with attention a residual block."""
+        """A convolution, or a residual block at the level with attention."""
         if level != ATTENTION_LEVEL:
             return Resample(channels, up)
         by = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
@@ -899,12 +905,12 @@ class UNet(nn.Module):
         return self.conv_out(functional.silu(self.conv_norm_out(x)))
 
 
-# ---- Data: held as uint8; a task's training images lie on the device while it is learned, and are
-# turned to [-1, 1] a batch at a time.
+# ---- Data: images are uint8, and converted to [-1, 1] batch by batch. While a task is learned, its
+# images are on the device.
 
 
 class Data(NamedTuple):
-    """Images (N, C, H, H) uint8 in 0..255 and labels (N,) int64 in 0..K-1, to train and to test."""
+    """Training and test images (N, C, H, H) uint8 in 0..255, and labels (N,) int64 in 0..K-1."""
 
     x: Tensor
     y: Tensor
@@ -916,14 +922,14 @@ class Data(NamedTuple):
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8. FloatingPointError: nan, which would become black and get a FID."""
+    """[-1, 1] -> uint8. FloatingPointError: not finite. nan would become black and get an FID."""
     if not x.isfinite().all():
         raise FloatingPointError("a generated image is not finite")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def load_digits(_: Path) -> Data:
-    """scikit-learn's 1,797 digits, 1x8x8: 800 to test, drawn class by class with a fixed seed."""
+    """scikit-learn's 1,797 digits, 1x8x8: 800 for test, a stratified split with a fixed seed."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -935,7 +941,7 @@ def load_digits(_: Path) -> Data:
 
 
 def load_torchvision(name: str, data_dir: Path) -> Data:
-    """A dataset of torchvision's at 32x32; MNIST's 28x28 are padded. Downloads what is missing."""
+    """A torchvision dataset at 32x32; 28x28 images are padded. Downloads what is missing."""
     from torchvision import datasets
 
     dataset = getattr(datasets, name)
@@ -955,7 +961,7 @@ def load_imagenet32(data_dir: Path) -> Data:
     def load(name: str) -> tuple[Tensor, Tensor]:
         with np.load(data_dir / "imagenet32" / name, allow_pickle=False) as file:
             x = torch.from_numpy(file["data"]).view(-1, 3, 32, 32)
-            y = torch.from_numpy(file["labels"].astype(np.int64)) - 1  # the file's begin at 1
+            y = torch.from_numpy(file["labels"].astype(np.int64)) - 1  # stored as 1..1000
         return x, y
 
     parts = [load(f"train_data_batch_{i}.npz") for i in range(1, 11)]
@@ -968,41 +974,41 @@ LOADERS = {  # name: (data_dir -> Data, the files that it reads there)
     "digits": (load_digits, "scikit-learn"),
     "mnist": (partial(load_torchvision, "MNIST"), f"MNIST/{IDX}"),
     "fashion": (partial(load_torchvision, "FashionMNIST"), f"FashionMNIST/{IDX}"),
-    # CIFAR-10's files are pickles: torchvision reads only those with the right MD5.
+    # CIFAR-10's files are pickles, which could run code: torchvision checks their MD5 first.
     "cifar10": (partial(load_torchvision, "CIFAR10"), "cifar-10-python.tar.gz"),
     "imagenet32": (load_imagenet32, "imagenet32/{train_data_batch_1..10,val_data}.npz"),
 }
 
 
 def load_data(name: str, data_dir: Path) -> Data:
-    """A dataset of LOADERS, sorted by class. Stops if it cannot be read, or does not fit."""
+    """A dataset of LOADERS, sorted by class. Stops if it cannot be read or fails check_data."""
     load, files = LOADERS[name]
     try:
         data = load(data_dir)
         check_data(data)
-    except Exception as error:  # noqa: BLE001 - of a damaged file any
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise any
         stop(f"{name} cannot be used ({error}): it needs {files} in --data-dir {data_dir}")
     return choose(data, data.y.argsort(stable=True), data.test_y.argsort(stable=True))
 
 
 def check_data(data: Data) -> None:
-    """ValueError, with what was found, unless all is as Data describes it."""
+    """ValueError, with what was found, unless data is as Data describes it."""
     classes = int(data.y.max()) + 1
     for split, x, y in (("training", data.x, data.y), ("test", data.test_x, data.test_y)):
         if x.dtype != torch.uint8 or x.shape[1:] != data.x.shape[1:] or x.ndim != 4:
             found = f"{x.dtype} {tuple(x.shape)}"
             raise ValueError(f"{split} images must be uint8 (N, C, H, H), not {found}")
-        if x.max() < 64:  # as of a loader that gives 0..16, or 0 and 1
+        if x.max() < 64:  # a loader may have given 0..16, or 0 and 1
             raise ValueError(f"{split} images must be in 0..255, but the largest is {x.max()}")
         if y.dtype != torch.int64 or y.shape != x.shape[:1]:
             found = f"{y.dtype} {tuple(y.shape)} for {len(x)} images"
             raise ValueError(f"{split} labels must be int64 (N,), not {found}")
         if y.min() < 0 or y.unique().numel() != classes or y.bincount().min() < 2:
-            raise ValueError(f"{split} labels must be 0..{classes - 1}, each at two images or more")
+            raise ValueError(f"{split} labels must be 0..{classes - 1}, each at least twice")
 
 
 def digest(data: Data) -> str:
-    """12 hex digits that say which images and labels these are."""
+    """12 hex digits that identify these images and labels."""
     sha = hashlib.sha256()
     for v in data:
         sha.update(v.cpu().contiguous().numpy())
@@ -1010,37 +1016,37 @@ def digest(data: Data) -> str:
 
 
 def choose(data: Data, train: Tensor, test: Tensor) -> Data:
-    """These images, to train and to test, with their labels."""
+    """The training and test images at these indices, or masks, with their labels."""
     return Data(data.x[train], data.y[train], data.test_x[test], data.test_y[test])
 
 
 def limit_classes(data: Data, n: int) -> Data:
-    """The first n images of each class, of data sorted by class."""
+    """The first n images of each class; the data must be sorted by class."""
     # Each image's place within its class.
     places = [torch.arange(len(y)) - torch.searchsorted(y, y) for y in (data.y, data.test_y)]
     return choose(data, places[0] < n, places[1] < n)
 
 
 def order_classes(cfg, data: Data) -> tuple[Data, list[int]]:
-    """With --class-order random the classes are numbered anew. -> data; each label's true class."""
+    """With --class-order random, renumber the classes. -> data; each label's true class."""
     order = torch.arange(int(data.y.max()) + 1)
     if cfg.class_order == "random":
         order = torch.randperm(len(order), generator=rng(order.device, cfg.seed, "class order"))
-    label = order.argsort()  # of each true class
+    label = order.argsort()  # the new label of each true class
     return data._replace(y=label[data.y], test_y=label[data.test_y]), order.tolist()
 
 
 def split_tasks(data: Data, tasks: int) -> list[Data]:
-    """The classes in the order of their labels, equally many per task."""
+    """Tasks of equally many classes, in the order of their labels."""
     classes = int(data.y.max()) + 1
     if classes % tasks:
-        stop(f"--tasks {tasks}: {classes} classes cannot be shared out equally, choose a divisor")
+        stop(f"--tasks {tasks}: {classes} classes cannot be divided equally, choose a divisor")
     size = classes // tasks
     return [choose(data, data.y // size == k, data.test_y // size == k) for k in range(tasks)]
 
 
-# ---- Metric: FID of a task's test images against as many samples with the same labels (arXiv
-# 1706.08500), on Inception features or, with no download, on a small classifier's.
+# ---- Metric: FID (arXiv 1706.08500) between a task's test images and as many samples with the same
+# labels, on Inception features or, without a download, on a small classifier's.
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -1052,8 +1058,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         raise FloatingPointError("the features of some images are not finite")
     A, mean_a = centred(a)
     B, mean_b = centred(b)
-    # With S_a = A^T A, S_b = B^T B and M = A B^T the last trace is that of (M M^T)^1/2: from
-    # eigenvalues, as a matrix square root is slow, and fails where N < d.
+    # With S_a = A^T A, S_b = B^T B and M = A B^T, tr((S_a S_b)^1/2) = tr((M M^T)^1/2). Eigenvalues
+    # give this trace: a matrix square root is slow, and fails where N < d.
     M = A @ B.T
     cross = np.sqrt(np.linalg.eigvalsh(M @ M.T).clip(0)).sum()
     means = np.square(mean_a - mean_b).sum()
@@ -1061,7 +1067,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def centred(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """-> A with A^T A their covariance, of at most d rows; their mean."""
+    """features (N, d) -> A of at most d rows, with A^T A the covariance; the mean (d,)."""
     features = features.astype(np.float64)
     mean = features.mean(0)
     A = (features - mean) / math.sqrt(len(features) - 1)
@@ -1077,14 +1083,14 @@ def in_batches(network: Callable, images: Tensor, device: torch.device) -> np.nd
 
 
 def inception_features(device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without the weights."""
+    """images (N, 1 or 3, H, W) uint8 -> Inception features (N, 2048). Stops without its weights."""
     import cleanfid.features
 
     try:
-        # This network of clean-fid's (arXiv 2104.11222) resizes inside, as the paper's does.
+        # This network of clean-fid (arXiv 2104.11222) resizes images itself, as the paper's does.
         network = cleanfid.features.build_feature_extractor("legacy_tensorflow", device, False)
-    except Exception as error:  # noqa: BLE001 - of a download or a damaged file any
-        advice = "put inception-2015-12-05.pt into /tmp, or take --fid classifier"
+    except Exception as error:  # noqa: BLE001 - a download or a damaged file can raise any
+        advice = "put inception-2015-12-05.pt into /tmp, or use --fid classifier"
         stop(f"no Inception weights ({error}): {advice}")
 
     def features(images: Tensor) -> np.ndarray:
@@ -1099,7 +1105,7 @@ def classifier_features(
     """images uint8 -> features (N, 64) of a small CNN, trained once on real images and cached."""
     torch.manual_seed(0)
     pixels = math.ceil(data.x.shape[2] / 4) ** 2
-    # SiLU, not ReLU: a unit that is dead on two classes would make their covariance singular.
+    # SiLU, as a ReLU unit that is 0 on a task's images would make their covariance singular.
     model = nn.Sequential(
         nn.Conv2d(data.x.shape[1], 32, 3, 2, 1),
         nn.SiLU(),
@@ -1123,7 +1129,7 @@ def classifier_features(
             optimizer.step()
         with atomic_write(path) as file:
             torch.save(model.state_dict(), file)
-    model.load_state_dict(load_tensors(path, device, "remove it, and it is made again"))
+    model.load_state_dict(load_tensors(path, device, "remove it, and it is trained again"))
     found = in_batches(lambda x: model(to_float(x)), data.test_x, device).argmax(1)
     right = (found == data.test_y.numpy()).mean()
     say(f"the classifier for the FID is right on {right:.1%} of the test images of {name}")
@@ -1131,12 +1137,12 @@ def classifier_features(
 
 
 def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np.ndarray]:
-    """The features that --fid names; cfg.fid_features becomes their name in result.json."""
+    """The features that --fid names. Sets cfg.fid_features, their name in result.json."""
     if cfg.fid == "classifier":
         cfg.fid_features = f"{cfg.dataset}-classifier"
         return classifier_features(cfg.dataset, data, device)
     if data.x.shape[1] not in (1, 3):
-        stop(f"Inception takes 1 or 3 channels, not {data.x.shape[1]}: --fid classifier")
+        stop(f"Inception takes 1 or 3 channels, not {data.x.shape[1]}: use --fid classifier")
     cfg.fid_features = "inception, legacy_tensorflow"
     return inception_features(device)
 
@@ -1144,16 +1150,16 @@ def fid_features(cfg, data: Data, device: torch.device) -> Callable[[Tensor], np
 def record_fid_of_real_images(
     cfg, state: "State", tasks: list[Data], real: list, features: Callable
 ) -> None:
-    """What a perfect model would score: training images, drawn at random, in the samples' place.
+    """What a perfect model would score: FIDs of randomly drawn training images instead of samples.
 
-    They also say which network the features are of: a run that goes on with another is refused.
+    The FIDs also identify the feature network: a run that goes on with another is refused.
     """
     generator = rng(torch.device("cpu"), cfg.seed, "real")
     fid = []
     for task, real_features in zip(tasks, real):
         drawn = []
         classes, counts = task.test_y.unique(return_counts=True)
-        for c, n in zip(classes, counts):  # as many of each class as there are to test
+        for c, n in zip(classes, counts):  # as many per class as test images
             x = task.x[task.y == c]
             drawn.append(x[torch.randperm(len(x), generator=generator)[:n]])
         fid.append(frechet_distance(real_features, features(torch.cat(drawn))))
@@ -1174,7 +1180,7 @@ DIGITS = {
     "lr": 4e-3,
     "lr_decay": "linear",
     "lam": 10.0,
-    "fisher_samples": 4000,  # 20 of each training image: mu from 200 would be mostly noise
+    "fisher_samples": 4000,  # 20 per training image: mu from 200 samples would be mostly noise
     "replay_per_class": 200,
     "sample_steps": 20,
     "channels": [16, 32],
@@ -1188,11 +1194,11 @@ DATASETS = {
     "cifar10": {},
     "imagenet32": {"tasks": 20, "epochs": 100, "replay_per_class": 1300},
 }
-# These may differ when a run goes on; all other settings may not.
+# Only these settings may differ when a stopped run goes on.
 MAY_CHANGE = ("data_dir", "out", "fresh", "fid_features")
 START_OVER = "--fresh starts over, --out names another folder"
-CHECKPOINT_SECONDS = 60  # a checkpoint is written at the first end of an epoch after so long
-SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # this state of the script
+CHECKPOINT_SECONDS = 60  # after this time the next end of an epoch writes a checkpoint
+SCRIPT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # the script's version
 
 
 def positive(text: str) -> int:
@@ -1214,42 +1220,42 @@ def folder(text: str) -> Path:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The paper's settings; over them the dataset's row of DATASETS, then the command line."""
+    """The paper's settings, overridden by the dataset's row of DATASETS, then the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="The defaults are the paper's, or those of the --dataset that stands on the line.",
+        epilog="The defaults are the paper's, unless the given --dataset has its own.",
         allow_abbrev=False,
     )
     parser.error = stop
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="what is learned")
-    add("--method", choices=METHODS, default="rank1", help="how old classes are kept")
-    add("--seed", type=int, default=0, help="of everything that is drawn at random")
-    add("--tasks", type=positive, default=5, help="the classes are split among them equally")
-    add("--class-order", choices=("label", "random"), default="label", help="random: by the seed")
+    add("--dataset", choices=DATASETS, default="digits", help="the images to learn")
+    add("--method", choices=METHODS, default="rank1", help="how old classes are protected")
+    add("--seed", type=int, default=0, help="of all random draws")
+    add("--tasks", type=positive, default=5, help="number of tasks, with equally many classes")
+    add("--class-order", choices=("label", "random"), default="label", help="random: by --seed")
     add("--epochs", type=positive, default=200, help="per task")
     add("--batch-size", type=positive, default=128, help="real images; as many replayed ones")
-    add("--lr", type=nonnegative, default=2e-4, help="of Adam, which starts afresh with each task")
+    add("--lr", type=nonnegative, default=2e-4, help="of Adam, which is new in each task")
     add("--lr-decay", choices=("none", "linear"), default="none", help="linear: to 0 in each task")
-    add("--lam", type=nonnegative, default=15000.0, help="EWC's lambda; less for a small network")
+    add("--lam", type=nonnegative, default=15000.0, help="EWC's lambda; smaller for small networks")
     add("--fisher-samples", type=positive, default=10000, help="for mu, and as many for c*")
     add("--replay-per-class", type=positive, default=5000, help="images that the teacher generates")
-    add("--sample-steps", type=positive, default=50, help="DDIM steps, at best a divisor of 1000")
-    add("--replay-steps", type=positive, help="DDIM steps of replayed images; None: as many")
-    add("--ema", type=nonnegative, default=0.0, help="decay of the average that a task ends with")
-    add("--channels", type=numbers, default=PAPER_CHANNELS, help="of the UNet's levels: 16,32")
+    add("--sample-steps", type=positive, default=50, help="DDIM steps, ideally a divisor of 1000")
+    add("--replay-steps", type=positive, help="DDIM steps for replay; None: --sample-steps")
+    add("--ema", type=nonnegative, default=0.0, help="decay of the weight average; 0: no average")
+    add("--channels", type=numbers, default=PAPER_CHANNELS, help="of the UNet's levels, e.g. 16,32")
     add("--layers-per-block", type=positive, default=2, help="residual blocks per level")
-    add("--dropout", type=nonnegative, default=0.0, help="in the UNet while it trains")
-    add("--fid", choices=("inception", "classifier"), default="inception", help="its features")
-    add("--limit", type=positive, help="so many images of each class at most; None: all")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="None: on GPUs from Ampere on")
+    add("--dropout", type=nonnegative, default=0.0, help="in the UNet during training")
+    add("--fid", choices=("inception", "classifier"), default="inception", help="FID features")
+    add("--limit", type=positive, help="at most this many images per class; None: all")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16; None: GPUs from Ampere on")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--data-dir", type=folder, default=Path("data"), help="datasets; missing ones come here")
+    add("--data-dir", type=folder, default=Path("data"), help="datasets; downloads go here")
     add("--out", type=folder, help="results; None: runs/<dataset>/<method>+seed=<seed>")
-    add("--fresh", action="store_true", help="start over, and delete the run in --out")
+    add("--fresh", action="store_true", help="delete the run in --out, and start over")
 
-    # Which dataset is it? --help is to show its defaults.
+    # The dataset is parsed first, so that --help shows its defaults.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = stop
     first.add_argument("--dataset", choices=DATASETS, default="digits")
@@ -1257,7 +1263,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**DATASETS[dataset])
     cfg = parser.parse_args(argv)
     if max(cfg.sample_steps, cfg.replay_steps or 1) > NUM_STEPS:
-        stop(f"--sample-steps and --replay-steps are at most {NUM_STEPS}")
+        stop(f"--sample-steps and --replay-steps must be at most {NUM_STEPS}")
     if METHODS[cfg.method].penalty is None:
         cfg.lam = 0.0
     cfg.out = cfg.out or Path("runs", cfg.dataset, f"{cfg.method}+seed={cfg.seed}")
@@ -1277,7 +1283,7 @@ def steps_of(cfg, task: Data) -> tuple[int, int]:
 
 
 def stop(message: str) -> NoReturn:
-    """An error that the user can mend: one line on stderr, exit status 2."""
+    """End with an error that the user can fix: one line on stderr, exit status 2."""
     print(f"rank1_ewc: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -1286,8 +1292,8 @@ def stop(message: str) -> NoReturn:
 
 
 def set_up(cfg) -> torch.device:
-    """Start torchrun's processes and find the device, each process its own."""
-    # cuBLAS reads this when CUDA starts: without it the same seed may give two results on one GPU.
+    """Connect torchrun's processes, and choose this process's device."""
+    # cuBLAS reads this when CUDA starts. Without it a seed may give different results on one GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=1))  # gloo on CPUs, NCCL on GPUs
@@ -1304,17 +1310,17 @@ def set_up(cfg) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     elif sum(cfg.channels) < 100:
-        torch.set_num_threads(1)  # two are faster on idle cores, and much slower where one is busy
+        torch.set_num_threads(1)  # two threads are faster on idle cores, far slower on busy ones
     if cfg.bf16 is None:
         cfg.bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     cfg.device = device.type
     torch.use_deterministic_algorithms(on_gpu, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32: mu is a mean that all but cancels
+    torch.backends.cudnn.allow_tf32 = False  # gradients nearly cancel in mu: it needs all digits
     return device
 
 
 def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, steps: int, name: str) -> Tensor:
-    """Images (N, C, H, W) uint8 of classes y (N,), the i-th from noise[i % M] of (M, C, H, W)."""
+    """Samples (N, C, H, W) uint8 of y (N,), noise (M, C, H, W): sample i is from noise[i % M]."""
     model.eval()
     images = torch.zeros(len(y), *noise.shape[1:], dtype=torch.uint8, device=y.device)
     together = 1000 if cfg.device == "cuda" else 200
@@ -1323,11 +1329,11 @@ def sample_images(cfg, model: nn.Module, noise: Tensor, y: Tensor, steps: int, n
     for i in my_share(progress(batches, name)):
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.bf16):
             images[i] = to_uint8(ddim_sample(model, noise[i % len(noise)], y[i], steps))
-    return all_sum(images)  # the other processes' images were 0 here
+    return all_sum(images)  # the images of other processes are 0 here
 
 
-# ---- A run's state: all that it needs to go on, and what checkpoint.pt holds. No generator is in
-# it: each epoch, pool and evaluation draws from a fresh one, seeded by what it is for.
+# ---- A run's state: what checkpoint.pt holds, and all that a stopped run needs to go on. It has no
+# random generator: each epoch, pool and evaluation draws from a new one, seeded by its purpose.
 
 
 @dataclass
@@ -1336,29 +1342,29 @@ class State:
     data: str  # the digest of images and labels
     shape: list  # of an image, [C, H, W]
     optimizer: torch.optim.Optimizer | None = None
-    teacher: nn.Module | None = None  # the frozen model of the last task, with replay
+    teacher: nn.Module | None = None  # the frozen model of the previous task, with replay
     penalty: object | None = None
     average: Tensor | None = None  # (D,) of this task's weights, with --ema
     task: int = 0  # tasks done
-    epoch: int = 0  # epochs done of the next one
-    step: int = 0  # training steps done of it
+    epoch: int = 0  # epochs done of the current task
+    step: int = 0  # training steps done of the current task
     class_order: list = field(default_factory=list)  # the true class of each label
-    fid: list = field(default_factory=list)  # [j][k]: of task k after task j
+    fid: list = field(default_factory=list)  # [j][k]: FID of task k after task j
     fid_pooled: float | None = None  # joint: one FID of all classes
-    fid_real: list = field(default_factory=list)  # of real training images, for each task
+    fid_real: list = field(default_factory=list)  # FID of real training images, per task
     fisher: list = field(default_factory=list)  # of each task but the last: c*, ||mu||, ..
     drift: list = field(default_factory=list)  # after each task but the first
-    log: list = field(default_factory=list)  # mean losses, a line per epoch
+    log: list = field(default_factory=list)  # mean losses, an entry per epoch
     seconds: dict = field(default_factory=dict)  # spent on each part
     lap_began: float = field(default_factory=time.monotonic)
-    saved_at: float = field(default_factory=time.monotonic)  # when the last checkpoint was
+    saved_at: float = field(default_factory=time.monotonic)  # the time of the last checkpoint
 
 
 def new_state(cfg, data: Data, device: torch.device) -> State:
-    torch.manual_seed(cfg.seed)  # the global generator gives the initial weights
+    torch.manual_seed(cfg.seed)  # of the global generator, which draws the initial weights
     size = data.x.shape[-1]
     classes = int(data.y.max()) + 1
-    smallest = size / 2 ** (len(cfg.channels) - 1)  # each level has half the size of the one before
+    smallest = size / 2 ** (len(cfg.channels) - 1)  # each level halves the size
     if smallest % 1 or smallest < 2:  # a group norm needs more than one pixel
         stop(f"--channels: {len(cfg.channels)} levels do not fit images of {size}x{size} pixels")
     try:
@@ -1372,7 +1378,7 @@ def new_state(cfg, data: Data, device: torch.device) -> State:
 
 
 def lap(state: State, part: str) -> None:
-    """The time since the last lap was spent on this part."""
+    """Add the time since the last lap to this part's seconds."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     now = time.monotonic()
@@ -1397,7 +1403,7 @@ def end_epoch(cfg, state: State, terms: Tensor, bar: tqdm) -> None:
 def end_task(cfg, state: State) -> None:
     state.task += 1
     state.epoch = state.step = 0
-    state.optimizer = state.teacher = state.average = None  # the next task begins with new ones
+    state.optimizer = state.teacher = state.average = None  # the next task makes new ones
     save_checkpoint(cfg, state)
 
 
@@ -1406,7 +1412,7 @@ def end_task(cfg, state: State) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary neighbour, which then takes the name: whole, or not at all."""
+    """Open a temporary file and rename it at the end, so that `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".rank1_ewc-{os.urandom(4).hex()}")
     try:
@@ -1418,18 +1424,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_tensors(path: Path, device: torch.device, advice: str) -> dict:
-    """What torch.save wrote. Stops if a byte of it has changed, or it is more than numbers."""
+    """Read what torch.save wrote. Stops if a byte has changed, or it holds more than plain data."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # compares the checksums
                 raise ValueError("a checksum is wrong")
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - of a damaged file any
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise any
         stop(f"{path} is missing or damaged ({type(error).__name__}): {advice}")
 
 
 def save_checkpoint(cfg, state: State) -> None:
-    """The state goes to checkpoint.pt, and its log, for people, to log.jsonl. Rank 0 writes."""
+    """Rank 0 writes the state to checkpoint.pt, and the log, for people, to log.jsonl."""
     saved = vars(state) | {"settings": settings_of(cfg), "script": SCRIPT}
     for name in ("model", "optimizer", "teacher"):
         if saved[name]:
@@ -1445,16 +1451,16 @@ def save_checkpoint(cfg, state: State) -> None:
 
 
 def load_checkpoint(cfg, state: State) -> None:
-    """The state becomes that of checkpoint.pt, if there is one."""
+    """Restore the state from checkpoint.pt, if there is one."""
     path = cfg.out / "checkpoint.pt"
     device = next(state.model.parameters()).device
     if path.exists():
         saved = load_tensors(path, device, "remove it, or give --fresh")
         refuse_other(cfg, saved.pop("settings"), saved.pop("script"), path)
         if saved["data"] != state.data:
-            stop(f"{path} is of other images or labels: {START_OVER}")
+            stop(f"{path} was made with other images or labels: {START_OVER}")
         state.task = saved["task"]
-        begin_task(cfg, state)  # makes the optimizer and the teacher, which are then filled
+        begin_task(cfg, state)  # makes the optimizer and the teacher that are filled below
         for name in ("model", "optimizer", "teacher"):
             if content := saved.pop(name):
                 getattr(state, name).load_state_dict(content)
@@ -1472,7 +1478,7 @@ def load_checkpoint(cfg, state: State) -> None:
 
 
 def refuse_other(cfg, settings: dict, script: str, path: Path) -> None:
-    """Stop if `path` is of a run with other settings, or of another state of the script."""
+    """Stop if `path` was made with other settings, or by another state of the script."""
     for name, value in settings_of(cfg).items():
         if settings.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -1488,24 +1494,24 @@ def delete(folder: Path, *patterns: str) -> None:
             file.unlink()
 
 
-# ---- What a run shows: a bar, a table, pictures, result.json.
+# ---- What a run shows: a progress bar, a table, pictures, result.json.
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bars; rank 0 speaks for all."""
+    """Print a line above the progress bars, on rank 0 only."""
     if rank() == 0:
         tqdm.write(text)
 
 
 def progress(items: Iterable | None, name: str, leave: bool = False, **options) -> tqdm:
-    """A progress bar: shown by one process alone, and rarely redrawn where stderr is a file."""
+    """A progress bar, shown by rank 0 only, and rarely redrawn where stderr is a file."""
     seldom = 0.5 if sys.stderr.isatty() else 10
     options |= {"mininterval": seldom, "dynamic_ncols": True, "disable": rank() > 0}
     return tqdm(items, name, leave=leave, **options)
 
 
 def progress_of_steps(cfg, state: State, stages: list[Data]) -> tqdm:
-    """The bar that counts the training steps of the whole run."""
+    """The progress bar of all training steps of the run."""
     steps = [steps_of(cfg, stage)[1] for stage in stages]
     done = sum(steps[: state.task]) + state.step
     count = {"total": sum(steps), "initial": done, "unit": "step", "smoothing": 0}
@@ -1513,7 +1519,7 @@ def progress_of_steps(cfg, state: State, stages: list[Data]) -> tqdm:
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
-    """(N, C, H, W) uint8 as a PNG, each image with 32x32 pixels at least."""
+    """Write images (N, C, H, W) uint8 as one PNG. Small ones are enlarged: 8x8 to 32x32."""
     from torchvision.utils import save_image
 
     scale = max(1, 32 // images.shape[-1])
@@ -1533,7 +1539,7 @@ def show_samples(cfg, state: State, seen: list[Data], device: torch.device) -> N
     """After a task: print its row of FIDs and write samples-task<k>.png, a class per row."""
     row = [f"{fid:.1f}" for fid in state.fid[-1] if fid is not None]
     say(f"after task {len(row)}, FID ({cfg.fid_features}): {'  '.join(row)}")
-    # Of two classes of each task ten samples each, from the same noises.
+    # Ten samples of each of two classes per task, from the same ten noises for every class.
     y = torch.cat([task.test_y.unique()[:2] for task in seen]).to(device).repeat_interleave(10)
     generator = rng(device, cfg.seed, "picture")
     noise = torch.randn(10, *state.shape, generator=generator, device=device)
@@ -1542,7 +1548,7 @@ def show_samples(cfg, state: State, seen: list[Data], device: torch.device) -> N
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A line for each key, for people. ValueError: a number that is not finite."""
+    """Write one line per key, for people. ValueError: a number that is not finite."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()
     ]
@@ -1590,7 +1596,7 @@ def finish(cfg, state: State) -> dict:
 
 
 def table(result: dict) -> str:
-    """A run's FIDs, a line per task learned, and what its Fishers were, from its result.json."""
+    """A run's FIDs, a line per task learned, and the numbers of its Fishers, as text."""
     import pandas as pd
 
     tasks = [f"task {k + 1}" for k in range(len(result["fid_real"]))]
@@ -1614,7 +1620,7 @@ def table(result: dict) -> str:
 
 
 def begin_run(cfg, device: torch.device) -> dict:
-    """Load the data and the features of the FID, then run."""
+    """Load the data and the network of the FID, then run."""
     if rank() > 0:
         dist.barrier()  # until rank 0 has downloaded what is missing
     data = load_data(cfg.dataset, cfg.data_dir)
@@ -1630,7 +1636,7 @@ def begin_run(cfg, device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run, or go on with a run that was stopped, or print one that is finished."""
+    """Start a run, go on with a stopped one, or print a finished one."""
     import filelock
 
     cfg = parse_args(argv)
@@ -1643,11 +1649,11 @@ def main(argv: list[str] | None = None) -> dict:
             message = f"{finished} holds this finished run; --fresh starts it over"
         else:
             cfg.out.mkdir(parents=True, exist_ok=True)
-            # The only run that writes into --out: the kernel drops the lock if its holder dies.
+            # Only one run may write into --out. The kernel drops the lock if its holder dies.
             lock = filelock.FileLock(cfg.out / ".lock", blocking=False)
             with lock if rank() == 0 else nullcontext():
                 if rank() == 0:
-                    delete(cfg.out, ".rank1_ewc-*")  # half-written files of a run that was killed
+                    delete(cfg.out, ".rank1_ewc-*")  # half-written files of a killed run
                 if rank() == 0 and cfg.fresh:
                     delete(cfg.out, "result.json", "checkpoint.pt", "model.pt", "log.jsonl")
                     delete(cfg.out, "samples-task*.png", "replay-task*.png")
@@ -1670,12 +1676,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def program() -> None:
-    """main() as a program of its own."""
+    """main() as a program, which handles SIGTERM and closes the process group."""
 
     def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
-    # SIGTERM, a cluster's warning, acts as Ctrl-C does, with its own exit status.
+    # Clusters send SIGTERM before they kill: it acts as Ctrl-C does, with another exit status.
     signal.signal(signal.SIGTERM, interrupt)
     main()
     if dist.is_initialized():

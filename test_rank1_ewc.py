@@ -1,7 +1,7 @@
-"""The claims of rank1_ewc.py and of results/, a test each; the oracle is the slow, obvious way.
+"""A test for each claim of rank1_ewc.py and results/, against the slow, obvious computation.
 
-They follow the three parts of the script, then results/ and the texts. `slow` are those that start
-processes or train whole runs on the digits: `pytest -m "not slow"` checks everything else.
+They follow the three parts of the script, then results/ and the texts. Tests marked `slow` start
+processes or train whole runs on the digits: `pytest -m "not slow"` runs all others.
 """
 
 import copy
@@ -41,19 +41,19 @@ QUICK = ["--channels=16", "--epochs=1", "--sample-steps=2", "--replay-per-class=
 QUICK += ["--fisher-samples=200"]
 TINY = ["--channels=16", "--epochs=1", "--sample-steps=1", "--replay-per-class=2"]
 TINY += ["--fisher-samples=10", "--batch-size=4"]
-RUN = Path("run")  # where most runs here go: each test has a folder of its own
+RUN = Path("run")  # where most runs go: each test has a folder of its own
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-torch.set_num_threads(1)  # these networks are too small to share out
+torch.set_num_threads(1)  # these networks are too small to gain from more
 
 
 @pytest.fixture(autouse=True)
 def own_places(monkeypatch, tmp_path_factory, tmp_path):
-    """Away from the network and from the user's runs and cache, and with an end if a test hangs."""
+    """Keep tests away from the network and the user's files, and stop a test that hangs."""
     torch.manual_seed(0)
     no_network = Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))  # of the processes that tests start
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))  # for the processes that tests start
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
     signal.signal(signal.SIGALRM, Mock(side_effect=TimeoutError("the test hangs")))
@@ -64,7 +64,7 @@ def own_places(monkeypatch, tmp_path_factory, tmp_path):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """spy(owner, name, see): a list that gets see(result, *arguments) after each owner.name()."""
+    """spy(owner, name, see) -> a list: each call of owner.name adds see(result, *arguments)."""
 
     def watch(owner, name, see):
         function = getattr(owner, name)
@@ -83,7 +83,7 @@ def spy(monkeypatch):
 
 @pytest.fixture
 def assert_refused(capsys):
-    """assert_refused(words, main, *given): with status 2, and these words in a line on stderr."""
+    """assert_refused(words, main, *given): it exits with 2, and stderr ends with these words."""
 
     def check(words, main, *given):
         with pytest.raises(SystemExit) as stopped:
@@ -120,7 +120,7 @@ def small_batch(n=6):
 
 
 def taken(fisher, model, n=12, images=None, **loss):
-    """The Fisher of a few images, of the same draws each time."""
+    """The Fisher of a few images, with the same draws each time."""
     return fisher(model, *(images or small_images(n)), n, generator(3), **loss)
 
 
@@ -275,7 +275,7 @@ def papers_loss(model, x0, t, eps, y):
 
 
 def gradients_one_by_one(model, batches, loss=papers_loss):
-    """g_i (n, D) of the trainable weights in float64, a backward pass per sample."""
+    """Per-sample gradients (n, D) of the trainable weights in float64, a backward pass each."""
     rows = []
     for batch in batches:
         for i in range(len(batch[0])):
@@ -287,7 +287,7 @@ def gradients_one_by_one(model, batches, loss=papers_loss):
 
 
 def assert_fishers_are_right(model, x, y, n, fishers=FISHERS, error=1e-3, **loss):
-    """They are those of single samples in eval mode, c* over fresh draws; the weights stay."""
+    """They match per-sample gradients in eval mode, c* over fresh draws; the weights stay."""
     for module in model.modules():
         module.training = False  # without eval(), which may do more
     draws = generator(3)
@@ -309,7 +309,7 @@ def assert_fishers_are_right(model, x, y, n, fishers=FISHERS, error=1e-3, **loss
 @pytest.mark.parametrize("n", [10, 4000])
 def test_fisher_samples_take_every_image_equally_often_with_its_label_at_random_times(n):
     images, _ = small_images(40)
-    labels = torch.arange(40)  # each image has its own
+    labels = torch.arange(40)  # an image's label is its number
     batches = [*r.fisher_batches(images, labels, n, generator())]
     x0, t, eps, y = [torch.cat(v) for v in zip(*batches)]
     assert x0.equal(r.to_float(images)[y])
@@ -327,7 +327,7 @@ def test_the_fishers_match_per_sample_gradients_c_star_over_fresh_draws(n):
 
 
 class MergingLinear(torch.nn.Linear):
-    """eval() changes its weights, as that of a LoRA layer that merges."""
+    """Its eval() changes its weights, as in LoRA layers that merge."""
 
     def train(self, mode=True):
         if not mode:
@@ -336,7 +336,7 @@ class MergingLinear(torch.nn.Linear):
 
 
 class Denoiser(torch.nn.Module):
-    """A network as a researcher may have it; `kind` says what is special about it."""
+    """A network as a researcher may have one; `kind` says what is special about it."""
 
     def __init__(self, kind=""):
         super().__init__()
@@ -386,7 +386,7 @@ class Denoiser(torch.nn.Module):
 
 RIGHT = ["in place", "batch norm", "no_grad", "a frozen part", "a module twice", "merging LoRA"]
 RIGHT += ["attention", "bfloat16", "tied weights"]
-WRONG = {  # a model, the Fishers that refuse it, and with which words
+WRONG = {  # kind of network: the Fishers that refuse it, the error's words
     "tied weights": (FISHERS[1:], "alone|tied"),
     "mixes samples": (FISHERS, "mixes samples"),
     "draws": (FISHERS, "draws at random|randomness"),
@@ -486,7 +486,7 @@ THETA = STARS[2] + 0.1 * torch.randn(50, generator=generator(2))
 
 
 def three_fishers(kind):
-    """What add() takes of each task."""
+    """What add() takes, for each of three tasks."""
     v = 0.3 * torch.randn(3, 2, 50)
     c = 1 + torch.rand(3, 2)
     if kind is beyond.RankKPenalty:
@@ -494,7 +494,7 @@ def three_fishers(kind):
     if kind is r.Rank1Penalty:
         return [*zip(v[:, 0], c[:, 0])]
     H = v[:, 0].square()
-    H[:, :5] = 0  # weights that no task cares for
+    H[:, :5] = 0  # weights that matter to no task
     return [*H]
 
 
@@ -514,7 +514,7 @@ def penalty_of(kind, fishers, stars, lam=7.0):
     return penalty
 
 
-NUMBERS = {  # that a penalty keeps of three tasks: theta* only once
+NUMBERS = {  # how many a penalty keeps of three tasks: theta* only once
     r.Rank1Penalty: 3 * (50 + 2) + 50,
     r.DiagonalPenalty: 2 * 50,
     beyond.RankKPenalty: 6 * (50 + 2) + 50,
@@ -538,7 +538,7 @@ def test_a_penalty_its_gradient_and_its_drift_equal_the_formula_with_stored_weig
     stars = STARS.clone().requires_grad_()  # as flat(model.parameters()) without a detach()
     penalty = penalty_of(kind, fishers, stars)
     for v in (stars.data, *itertools.chain(*fishers)):
-        v.zero_()  # what it keeps is its own
+        v.zero_()  # the penalty must have kept copies
     torch.save(vars(penalty), "penalty.pt")
     again = kind(0.0)
     assert again(THETA) == 0  # before the first task
@@ -665,14 +665,14 @@ DATA = r.Data(IMAGES, LABELS, IMAGES[TEST].flip(2), LABELS[TEST])
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """tiny(flag, ..) runs five tasks of two grey classes, three steps each: FIDs of four pixels."""
+    """tiny(flag, ..) runs five tasks of two grey classes, three steps each; FIDs on four pixels."""
     monkeypatch.setitem(r.LOADERS, "digits", (lambda _: DATA, ""))
     monkeypatch.setattr(r, "classifier_features", lambda *_: four_pixels)
     monkeypatch.setattr(r, "METHODS", r.METHODS | beyond.METHODS)
     return lambda *argv, out=RUN: r.main([*TINY, "--out", str(out), *argv])
 
 
-SHOWS = {  # what there is after the first task; of all other methods, all three
+SHOWS = {  # what is used after the first task; by methods not named here, all three
     "joint": "",
     "finetune": "",
     "replay": "replay",
@@ -688,7 +688,7 @@ def test_each_methods_row_does_what_its_name_says(tiny, spy, method):
     joint = method == "joint"
     tasks = spy(r, "train_task", lambda _, cfg, state, task, replay, bar: (task, replay))
     result = tiny(f"--method={method}")
-    log = read_log(RUN)  # a line a task
+    log = read_log(RUN)  # one line per task
     for k, (task, replay) in enumerate(tasks):
         learned = range(10) if joint else range(2 * k, 2 * k + 2)
         assert task.y.unique().tolist() == [*learned]
@@ -753,7 +753,7 @@ def test_a_fid_is_of_test_images_and_of_samples_of_the_same_labels_and_noise(tin
         assert y.equal(task.test_y)
         exact = r.frechet_distance(four_pixels(task.test_x), four_pixels(images))
         assert result["fid"][-1][k] == pytest.approx(exact)
-    assert drawn[0][2].equal(drawn[-5][2])  # the first task's noise, whenever it is looked at
+    assert drawn[0][2].equal(drawn[-5][2])  # the first task's noise, whenever it is evaluated
     assert not drawn[0][2].equal(noise)
     if method == "joint":
         samples = torch.cat([images for _, images, _, _ in drawn])
@@ -762,7 +762,7 @@ def test_a_fid_is_of_test_images_and_of_samples_of_the_same_labels_and_noise(tin
 
 
 def test_rank1_without_a_penalty_is_gd_to_the_last_digit(tiny):
-    # lambda 0 is the baseline, and the Fisher's random draws change nobody else's.
+    # So lambda 0 is the baseline: the Fisher's random draws change no others.
     assert tiny("--lam=0", out="a")["fid"] == tiny("--method=gd", out="b")["fid"]
 
 
@@ -781,7 +781,7 @@ def test_in_a_random_order_of_the_classes_labels_count_up_and_the_result_names_t
 
 
 # ---- Part II: the network
-PARAMETERS = {  # and groups of the norms
+PARAMETERS = {  # of a UNet, and its norms' groups
     (1, 10): (37_191_681, 32),
     (3, 1000): (37_703_171, 32),
     (1, 10, (16,), 1): (41_793, 8),  # the authors' small network
@@ -836,7 +836,7 @@ def test_digits_are_all_there_and_limit_keeps_the_first_of_each_class():
 
 def test_tasks_hold_every_class_once_in_the_order_of_their_labels():
     y = torch.randint(100, (6000,))
-    x = y[:, None].to(torch.uint8)  # shows its label
+    x = y[:, None].to(torch.uint8)  # a pixel shows its label
     seen = 0
     for k, task in enumerate(r.split_tasks(r.Data(x, y, x[::3], y[::3]), 20)):
         for images, labels in (task[:2], task[2:]):
@@ -908,7 +908,7 @@ def test_data_that_cannot_be_read_is_refused_with_what_is_needed_and_where(asser
 
 
 GOOD = r.Data(*small_images(40), *small_images(20))
-UNFIT = [  # what a loader returns in the place of parts of GOOD, and the words that say so
+UNFIT = [  # what a loader returns in place of parts of GOOD, and the words of the refusal
     ({"x": GOOD.x.float() / 255}, "training images uint8 float32 (40, 1, 8, 8)"),
     ({"x": GOOD.x // 16}, "training images 0..255 largest 15"),
     ({"test_x": GOOD.test_x[..., 4:, 4:]}, "test images (20, 1, 4, 4)"),
@@ -935,7 +935,7 @@ def test_frechet_distance_equals_clean_fids(n):
 
 
 def test_inception_gets_rgb_in_0_to_255_and_resizes_itself(monkeypatch):
-    build = Mock(return_value=lambda batch: batch.flatten(1))  # features are what it gets
+    build = Mock(return_value=lambda batch: batch.flatten(1))  # the features are its input
     monkeypatch.setattr(cleanfid.features, "build_feature_extractor", build)
     grey, _ = small_images(250)
     features = r.inception_features(CPU)(grey)
@@ -969,7 +969,7 @@ def test_classifier_is_good_trained_once_and_a_damaged_file_of_it_refused(
 
 def test_real_images_for_comparison_are_as_many_of_each_class_as_the_test_has():
     x = per_image(torch.arange(90, dtype=torch.uint8))
-    y = torch.arange(90) // 80  # 80 and 10 of a class
+    y = torch.arange(90) // 80  # 80 of one class, 10 of the other
     task = r.Data(x, y, x[77:83], y[77:83])  # three of each
     features = Mock(side_effect=four_pixels)
     state = SimpleNamespace(fid_real=[])
@@ -996,7 +996,7 @@ print({"cleanfid", "filelock", "sklearn", "matplotlib", "pandas"} & {*sys.module
 
 
 def python(*arguments, check=True):
-    """The finished process, with what it printed, of a Python that finds the script."""
+    """Run a Python that finds the script. -> the finished process, with what it printed."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, text=True, check=check, capture_output=True, timeout=200)
 
@@ -1114,7 +1114,7 @@ def test_a_run_from_the_command_line_leaves_its_results():
 
 
 def interrupted(tiny, what, nth, *argv):
-    """A run with a checkpoint after every epoch, and Ctrl-C in the place of r.`what`'s nth call."""
+    """A run with a checkpoint after every epoch, stopped by Ctrl-C at the nth call of r.`what`."""
     function = getattr(r, what)
     turns = itertools.count(1)
 
@@ -1133,7 +1133,7 @@ def interrupted(tiny, what, nth, *argv):
 STOPS = [
     ("train_step", 11, "--dropout=0.1 --ema=0.9", "1 of 5 tasks and 1 epochs"),
     ("frechet_distance", 7, "--dropout=0.1", "1 of 5 tasks and 2 epochs"),
-    ("write_json", 1, "--method=joint", "1 of 5 tasks and 0 epochs"),  # all is done but the result
+    ("write_json", 1, "--method=joint", "1 of 5 tasks and 0 epochs"),  # only the result is missing
     ("train_step", 11, "--method=rank1-proximal", "1 of 5 tasks and 1 epochs"),
 ]
 
@@ -1153,7 +1153,7 @@ def test_after_ctrl_c_the_same_command_ends_the_run_the_same(tiny, capsys, what,
 
 
 def test_checkpoints_come_after_each_task_and_about_once_a_minute_within_it(tiny, spy, monkeypatch):
-    clock = itertools.count(step=25)  # every look at it is 25 seconds later
+    clock = itertools.count(step=25)  # each reading is 25 seconds later
     monkeypatch.setattr(r.time, "monotonic", lambda: next(clock))
     saved = spy(r, "save_checkpoint", lambda _, cfg, state: (state.task, state.epoch))
     tiny("--epochs=9", "--method=finetune")
@@ -1191,7 +1191,7 @@ def test_a_file_of_other_settings_another_script_or_a_damaged_one_is_refused_and
     damaged = [b"", whole[:middle]]
     if name == "checkpoint.pt":
         (RUN / "result.json").unlink()
-        damaged.append(whole[:middle] + bytes(200) + whole[middle + 200 :])  # torch.load reads it
+        damaged.append(whole[:middle] + bytes(200) + whole[middle + 200 :])  # torch.load accepts it
         torch.save({"other": Mock}, "pickle")
         damaged.append(Path("pickle").read_bytes())
     assert_refused(f"{path} --lam 10.0 11.0 --fresh --out", tiny, "--lam=11")
@@ -1364,7 +1364,7 @@ def test_the_isotropic_fisher_has_the_trace_of_the_diagonal_and_no_direction():
 
 def test_the_shuffled_fisher_is_that_of_shuffled_pixels_at_the_energy_of_the_true_images(spy):
     images, y = small_images(40)
-    images[:, :, :4] = 0  # pictures that have an up and a down
+    images[:, :, :4] = 0  # pictures whose top differs from the bottom
     fishers = spy(r, "rank1_fisher", lambda found, model, x, *_: (x, *found))
     mu, c_star, told = beyond.shuffled_fisher(Denoiser(), images, y, 400, generator(3))
     (_, true_mu, true_c_star), (shuffled, own_mu, own_c_star) = fishers
@@ -1419,7 +1419,7 @@ def test_beyond_takes_the_scripts_flags_and_its_runs_are_told_from_the_scripts_o
     assert "with beyond.py" in result["script"]
 
 
-# ---- results/geometry.py: what a trained model says
+# ---- results/geometry.py: the Fisher of a trained model
 def test_figure_1_goes_from_the_image_to_the_mean_image_of_its_class_as_proposition_1_says():
     means = torch.tensor([0.3, -0.5])  # a pixel of class y is N(means[y], 0.04)
 
@@ -1433,7 +1433,7 @@ def test_figure_1_goes_from_the_image_to_the_mean_image_of_its_class_as_proposit
     numbers, _ = geometry.figure_1(best, r.Data(x, y, x, y), None)
     abar = ABAR[numbers["t"]]
     high = (0.3**2 + 0.5**2) / 2
-    known = abar * 0.04 / (abar * 0.04 + 1 - abar)  # of an image, at this noise
+    known = abar * 0.04 / (abar * 0.04 + 1 - abar)  # share of a pixel's variance that x_t reveals
     exact = {"high noise": high, "low noise": high + 0.04, "mse": high + 0.04 * known}
     for name, value in exact.items():
         assert numbers[name] == pytest.approx(abar * value, rel=0.02)
@@ -1444,7 +1444,7 @@ def test_where_all_gradients_lie_on_a_line_its_geometry_is_that_of_rank_1(monkey
     direction = torch.randn(16)
     data = r.Data(*small_images(), *small_images())
 
-    def loss(model, x0, t, eps, y):  # g_i = c_i v, with c_i of the noise
+    def loss(model, x0, t, eps, y):  # g_i = c_i v, with c_i from the noise
         return (2 + eps.flatten(1)[:, 0]) * model(direction)
 
     model = torch.nn.Linear(16, 1, bias=False)
@@ -1481,9 +1481,9 @@ def test_a_figure_of_a_run_or_its_first_task_comes_with_its_numbers(finished, mo
     assert Path("new/figure.png").exists()
 
 
-# ---- results/report.py: what finished runs say together
+# ---- results/report.py: tables and pictures of finished runs
 def hand_made_run(folder, method="gd", seed=0, afid=20.0, flags=None, **parts):
-    """A result.json of two tasks, of no real run, and a picture; `parts` are others of it."""
+    """Write an invented result.json of two tasks, with these `parts`, and a picture."""
     run = {
         "dataset": "fashion",
         "method": method,
@@ -1504,7 +1504,7 @@ def hand_made_run(folder, method="gd", seed=0, afid=20.0, flags=None, **parts):
 
 
 def reported(measure="AFID"):
-    """The lines of Table 1's CSV about a measure, by their methods."""
+    """The lines of Table 1's CSV about a measure, indexed by method."""
     report.main(["runs"])
     lines = pd.read_csv("runs/table1.csv", dtype=str, keep_default_na=False)
     return lines[lines["measure"] == measure].set_index("method")
@@ -1541,11 +1541,11 @@ def test_the_baseline_of_a_run_is_gd_alone_and_of_gd_with_a_flag_gd_without_it()
         "gd": "",
         "gd --ema 0.9": "gd",
         "gd --replay-per-class 10": "gd",
-        "gd --replay-per-class 10 --ema 0.9": "",  # it could be one or the other
+        "gd --replay-per-class 10 --ema 0.9": "",  # two baselines fit equally well
         "rank1": "gd",
         "rank1 --ema 0.9": "gd --ema 0.9",
         "rank1 --epochs 7": "",
-        "mine": "gd",  # a method of one's own
+        "mine": "gd",  # a method of your own
     }
     assert lines.loc["rank1", "pairs"] == "1"
 
@@ -1626,7 +1626,7 @@ PROGRAMS = re.findall("```python\n(.*?)```", text_of(PAGES / "your-own.md"), re.
 
 
 def write_photos():
-    """Four images of each of four classes, to train and to test; the first is in colour."""
+    """Four images of each of four classes, to train and to test; each class's first in colour."""
     for split, name, i in itertools.product(("train", "test"), "abcd", range(4)):
         path = Path("photos", split, name, f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1639,7 +1639,7 @@ def test_the_programs_for_your_own_training_and_images_run_as_they_stand(k):
     write_photos()
     if "diffusers" in PROGRAMS[k]:
         pytest.importorskip("diffusers", reason="diffusers is not installed")
-    before = PROGRAMS[:k] if "rank1_fisher(model" in PROGRAMS[k] else []  # whose names it uses
+    before = PROGRAMS[:k] if "rank1_fisher(model" in PROGRAMS[k] else []  # it uses their names
     python("-c", "".join([*before, PROGRAMS[k]]))
 
 

@@ -1,16 +1,15 @@
-"""How much faster is this project's code than the plain way to write it, and do both agree?
+"""How much faster is this project's code than a plain implementation, and do both agree?
 
     python -m results.bench            # half an hour on two cores: bench-<device>.json, .md
     python -m results.bench --growth   # what runs of 2, 5 and 10 tasks cost: growth.json, .png
 
-They write into results/pages/cost, or into the folder that --to names. --small tries the first in
-small sizes, and writes into runs/bench.
+Both write into results/pages/cost, or into the folder --to. --small tries the first with small
+sizes, and writes into runs/bench.
 
-The plain way is what a reader of the paper would write first: a loop over samples, over tasks, over
-classes, around diffusers' network and sampler where diffusers is installed. Each piece of work is
-done in both ways, turn about, and what counts is the ratio of the median times. On a CPU the
-network is the digits'. On a GPU it is the paper's, and ours trains and samples in bfloat16, as in a
-run.
+The plain way is what a reader of the paper would write first: loops over samples, tasks and
+classes, around diffusers' network and sampler if diffusers is installed. The two ways take turns
+at each piece of work, and the ratio of their median times is reported. On a CPU the network is that
+of the digits. On a GPU it is the paper's, and our way trains and samples in bfloat16, as runs do.
 """
 
 import argparse
@@ -45,12 +44,12 @@ except ImportError:
     diffusers = None
 
 NETWORK = "diffusers" if diffusers else "plain PyTorch"
-SIZES = {  # settings of the script; on a GPU fewer images to generate than in a run
+SIZES = {  # flags of the script; on a GPU fewer generated images than in a run
     "small": "--channels 8 --batch-size 8 --fisher-samples 9 --replay-per-class 5 --sample-steps 2",
     "cpu": "--fisher-samples 200",
     "cuda": "--dataset mnist --fisher-samples 128 --replay-per-class 100 --sample-steps 10",
 }
-RUNS = {  # whole runs of rank-1 EWC on digits: their settings, the first as in `make demo`, our aim
+RUNS = {  # whole runs of rank-1 EWC on digits: flags (the first: `make demo`), ratio aimed at
     "a run of rank-1 EWC, 90 epochs": ("--epochs 90", 1.5),
     "the same, 10,000 samples a Fisher": ("--epochs 90 --fisher-samples 10000", 3),
 }
@@ -62,7 +61,7 @@ NOTES = f"""On a {{device}}, PyTorch {{torch}}, the network of {{dataset}}; scri
 
 
 class Bench:
-    """What the pieces of work share: two untrained networks, a task of random images, the lines."""
+    """What the pieces of work share: two untrained networks, random images, the table's lines."""
 
     def __init__(self, small: bool):
         self.small = small
@@ -78,7 +77,7 @@ class Bench:
         x = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
         y = torch.arange(len(x), device=self.device) % 10
         self.task = r.Data(x, y, x, y)
-        self.pool = (x, y)  # of replayed images
+        self.pool = (x, y)  # the replayed images
         self.student = r.UNet(1, 10, cfg.channels, cfg.layers_per_block).to(self.device)
         self.teacher = r.UNet(1, 10, cfg.channels, cfg.layers_per_block).to(self.device)
         self.teacher.eval().requires_grad_(False)
@@ -94,7 +93,7 @@ class Bench:
         }
 
     def timed(self, way: Callable) -> tuple:
-        """The seconds that way() takes, with what it left to the GPU, and its result."""
+        """The seconds that way() takes, including its work on the GPU, and its result."""
         started = time.perf_counter()
         result = way()
         if self.gpu:
@@ -102,14 +101,14 @@ class Bench:
         return time.perf_counter() - started, result
 
     def compare(self, name: str, plain: Callable, ours: Callable, aims: tuple, same_to) -> None:
-        """Do a piece of work both ways, turn about; keep the median seconds and the difference.
+        """Do a piece of work in both ways by turns; keep the median seconds and the difference.
 
         aims: how many times as fast ours should be, on a CPU and on a GPU. same_to: the largest
-        difference of the results that is allowed; None where ours is in bfloat16.
+        difference that the results may have; None where ours are in bfloat16.
         """
         seconds = []
         for _ in range(2 if self.small else 6):
-            if same_to is None:  # plain has PyTorch's defaults
+            if same_to is None:  # PyTorch's defaults, for the plain way
                 torch.backends.cudnn.allow_tf32 = True
                 torch.use_deterministic_algorithms(False)
             plain_s, plain_result = self.timed(plain)
@@ -133,7 +132,7 @@ class Bench:
         print(f"{name}: {times}, difference {apart:.1g}", flush=True)
 
     def write(self, to: Path) -> None:
-        """bench-<device>.json, and for people .md."""
+        """Write bench-<device>.json, and the same as a table, bench-<device>.md."""
         device = re.sub("[^A-Za-z0-9]+", "-", self.on["device"])
         path = to / f"bench-{device}.json"
         r.write_json(path, self.on | self.lines)
@@ -145,7 +144,7 @@ class Bench:
 
 
 def difference(plain, ours) -> float:
-    """The largest as a share of the largest value, of images the mean; of a tuple the worst."""
+    """The largest difference, for images the mean, over the largest value; the worst of a tuple."""
     if isinstance(plain, tuple):
         return max(difference(a, b) for a, b in zip(plain, ours))
     plain = torch.as_tensor(plain)
@@ -154,11 +153,11 @@ def difference(plain, ours) -> float:
     return float(gap / plain.abs().max())
 
 
-# ---- The plain way. It draws what ours draws, so that both give the same numbers but for rounding.
+# ---- The plain way. Both ways draw the same random numbers, so results differ only by rounding.
 
 
 def plain_network(cfg, ours: nn.Module) -> nn.Module:
-    """Diffusers' network with the weights of ours; without diffusers a copy of ours."""
+    """Diffusers' network with our weights; without diffusers a copy of our network."""
     if not diffusers:
         return copy.deepcopy(ours)
     down = ["DownBlock2D"] * len(cfg.channels)
@@ -184,7 +183,7 @@ def plain_network(cfg, ours: nn.Module) -> nn.Module:
 
 
 class Pictures(Dataset):
-    """Images in [-1, 1] and labels, by way of PIL images, as torchvision's datasets give them."""
+    """Images in [-1, 1] and labels, made from PIL images as in torchvision's datasets."""
 
     def __init__(self, x: Tensor, y: Tensor):
         self.arrays = x[:, 0].cpu().numpy()
@@ -199,7 +198,7 @@ class Pictures(Dataset):
 
 
 def plain_batches(task: r.Data, replay: tuple | None, size: int, seed: int, *place: int):
-    """r.epoch_batches, its real images from a DataLoader."""
+    """r.epoch_batches with real images from a DataLoader."""
     device = task.x.device
     purposes = ("order", "noise", "replay")
     orders, noises, replays = [r.rng(device, seed, purpose, *place) for purpose in purposes]
@@ -217,7 +216,7 @@ def plain_batches(task: r.Data, replay: tuple | None, size: int, seed: int, *pla
 
 
 class PlainPenalty:
-    """r.Rank1Penalty as a sum over the old tasks, of each (mu, c*, theta*), in float64."""
+    """r.Rank1Penalty as a sum over old tasks, in float64; each task keeps (mu, c*, theta*)."""
 
     def __init__(self, lam: float):
         self.lam = lam
@@ -229,7 +228,7 @@ class PlainPenalty:
         return {}
 
     def drift(self, theta: Tensor) -> Tensor:
-        return theta.new_zeros(1)  # goes into a result.json whose drift nobody reads
+        return theta.new_zeros(1)  # fills a field of result.json that is not read here
 
     def __call__(self, theta: Tensor) -> Tensor:
         total = theta.new_zeros(())
@@ -240,7 +239,7 @@ class PlainPenalty:
 
 
 def single_gradients(model, batches: Iterator[tuple]) -> Iterator[Tensor]:
-    """The gradient of each sample, one after the other, in float64."""
+    """Per-sample gradients by one backward pass each, in float64."""
     for batch in batches:
         for i in range(len(batch[0])):
             sample = [v[i : i + 1] for v in batch]
@@ -249,7 +248,7 @@ def single_gradients(model, batches: Iterator[tuple]) -> Iterator[Tensor]:
 
 
 def plain_rank1(model, x, y, n, generator) -> tuple[Tensor, Tensor]:
-    """r.rank1_fisher: mu, and in a second pass over fresh draws c*."""
+    """r.rank1_fisher: mu, then c* in a second pass over fresh draws."""
     batches = r.fisher_batches(x, y, n, generator)
     mu = sum(single_gradients(model, batches)) / n
     batches = r.fisher_batches(x, y, n, generator)
@@ -258,7 +257,7 @@ def plain_rank1(model, x, y, n, generator) -> tuple[Tensor, Tensor]:
 
 
 def plain_diagonal(model, x, y, n, generator) -> Tensor:
-    """r.diagonal_fisher, in its batches, as the draws depend on these."""
+    """r.diagonal_fisher with the same batch size, on which the draws depend."""
     D = len(r.flat(model.parameters()))
     size = max(1, min(r.FISHER_BATCH, r.GRADIENT_FLOATS // D))
     batches = r.fisher_batches(x, y, n, generator, size=size)
@@ -267,7 +266,7 @@ def plain_diagonal(model, x, y, n, generator) -> Tensor:
 
 @torch.no_grad()
 def plain_images(cfg, model, noise: Tensor, y: Tensor, steps: int, name: str) -> Tensor:
-    """r.sample_images by diffusers' sampler, 200 at a time, but a replay pool class by class."""
+    """r.sample_images with diffusers' sampler, in batches of 200 or, in a replay pool, a class."""
     model.eval()
     size = min(200, len(noise))
     noise = noise.repeat(len(y) // len(noise), 1, 1, 1)
@@ -285,14 +284,14 @@ def plain_images(cfg, model, noise: Tensor, y: Tensor, steps: int, name: str) ->
 
 
 def plain_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """r.frechet_distance: clean-fid's, by a matrix square root."""
+    """r.frechet_distance as in clean-fid, by a matrix square root."""
     import cleanfid.fid
 
     return cleanfid.fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
 
 
 def plain_run() -> None:
-    """rank1_ewc.py as a program, every part of a run of rank-1 EWC taken the plain way."""
+    """Run rank1_ewc.py with the parts of rank-1 EWC replaced by the plain way."""
     our_state = r.new_state
 
     def plain_state(cfg, data, device):
@@ -309,11 +308,11 @@ def plain_run() -> None:
     r.main()
 
 
-# ---- The pieces of work, each the plain way and ours.
+# ---- The pieces of work, each in the plain way and in ours.
 
 
 def both_penalties(bench: Bench, tasks: int) -> tuple[PlainPenalty, r.Rank1Penalty]:
-    """The penalty after so many tasks."""
+    """The penalty after this many tasks, in both ways."""
     plain = PlainPenalty(1.0)
     ours = r.Rank1Penalty(1.0)
     for _ in range(tasks):
@@ -325,7 +324,7 @@ def both_penalties(bench: Bench, tasks: int) -> tuple[PlainPenalty, r.Rank1Penal
 
 
 def bench_training(bench: Bench) -> None:
-    """Steps with replay and distillation, first without a penalty, on the same batches.
+    """Steps with replay and distillation, first on the same batches and without a penalty.
 
     Then as the authors' code takes them in the last of five tasks: with a DataLoader, and a penalty
     that is a sum over four old tasks.
@@ -348,7 +347,7 @@ def bench_training(bench: Bench) -> None:
         bench.compare(name, plain, ours, (1.2, 3), None if cfg.bf16 else same_to)
 
     compare(f"{bench.steps} training steps ({NETWORK})", 1e-3, r.epoch_batches, (None, None))
-    # A picture's pixels are rounded otherwise, and Adam's first steps enlarge the differences.
+    # to_tensor rounds pixels differently, and Adam's first steps amplify the differences.
     name = "the same, as the authors' code takes them"
     compare(name, 5e-2, plain_batches, both_penalties(bench, 4))
 
@@ -368,7 +367,7 @@ def bench_pool(bench: Bench) -> None:
 
 
 def bench_fisher(bench: Bench) -> None:
-    """The Fisher of a task."""
+    """A task's rank-1 and diagonal Fisher."""
 
     def compute(fisher):
         generator = r.rng(bench.device, "fisher")
@@ -391,7 +390,7 @@ def bench_penalty(bench: Bench) -> None:
 
 
 def bench_reading(bench: Bench) -> None:
-    """A task's images once, in batches on the device: plain is a DataLoader."""
+    """Read a task's images once, in batches on the device; the plain way by a DataLoader."""
     n = 600 if bench.small else 12_000
     size = bench.cfg.batch_size
     x = torch.randint(200, (n, 1, 32, 32), dtype=torch.uint8, device=bench.device)
@@ -408,7 +407,7 @@ def bench_reading(bench: Bench) -> None:
 
 def bench_frechet_distance(bench: Bench) -> None:
     images, features = (200, 64) if bench.small else (2000, 2048)
-    a, b = np.random.default_rng(0).normal(size=(2, images, features)) ** 2  # Inception's are >= 0
+    a, b = np.random.default_rng(0).normal(size=(2, images, features)) ** 2  # >= 0, as Inception's
     b += 0.1
     ways = partial(plain_distance, a, b), partial(r.frechet_distance, a, b)
     name = f"Frechet distance, {features} features, {images} images a side"
@@ -422,13 +421,13 @@ PLAIN = ["-c", "from results import bench; bench.plain_run()"]
 
 
 def in_a_process(program: list[str], flags: str) -> dict:
-    """A run on a CPU. -> its result.json, and what the process took up."""
+    """Run on a CPU. -> result.json with steps, memory and checkpoint. RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *program, "--device", "cpu", *flags.split(), "--out", folder]
         process = subprocess.Popen(
             command,
             cwd=Path(r.__file__).parent,
-            # Two threads of a BLAS would wait for each other where another program is busy.
+            # Two BLAS threads would wait for each other while another program is busy.
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -464,7 +463,7 @@ def bench_runs(bench: Bench) -> None:
 
 
 def share_of_a_step(bench: Bench, old_tasks: int) -> float:
-    """The part of a training step that rank-1's penalty and its gradient take."""
+    """The share of a training step that the rank-1 penalty and its gradient take."""
     model = bench.student
     optimizer = torch.optim.Adam(model.parameters(), lr=bench.cfg.lr)
     batch = next(r.epoch_batches(bench.task, bench.pool, bench.cfg.batch_size, 0, 1, 0))
@@ -480,7 +479,7 @@ def share_of_a_step(bench: Bench, old_tasks: int) -> float:
 
 
 def growth(bench: Bench, to: Path) -> None:
-    """What a run costs as its ten classes come in more tasks: print, draw and write it."""
+    """Print, plot and write what a run costs when its ten classes are split into more tasks."""
     epochs = 27
     counts = (2, 5, 10)
     rows = []
@@ -494,14 +493,14 @@ def growth(bench: Bench, to: Path) -> None:
             rows.append(row)
             print(row, flush=True)
     shares = {tasks: share_of_a_step(bench, tasks - 1) for tasks in counts}
-    print(f"rank-1's share of a training step in the last of so many tasks: {shares}")
+    print(f"rank-1's share of a training step, by the number of tasks: {shares}")
     content = {"epochs": epochs, "runs": rows, "rank-1's share of a step": shares}
     r.write_json(to / "growth.json", bench.on | content)
     plot_growth(rows, to / "growth.png")
 
 
 def plot_growth(rows: list[dict], path: Path) -> None:
-    """Memory and checkpoint of each method, and the seconds of rank1's parts, over the tasks."""
+    """Plot over the tasks each method's memory and checkpoint, and the seconds of rank1's parts."""
     table = pd.DataFrame(rows).pivot(index="tasks", columns="method")
     panels = {
         "memory MB (of the process)": table["memory MB"],
@@ -516,11 +515,11 @@ def plot_growth(rows: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
-    """Print a line for each piece of work, write them, and return them by name."""
+    """Print and write a line for each piece of work, and return the lines by name."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--small", action="store_true", help="small sizes: to try it")
+    parser.add_argument("--small", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--to", type=r.folder, help="where to write (default: results/pages/cost)")
-    parser.add_argument("--growth", action="store_true", help="what more tasks cost, nothing else")
+    parser.add_argument("--growth", action="store_true", help="only what more tasks cost")
     given = parser.parse_args(argv)
     bench = Bench(given.small)
     to = given.to or (Path("runs/bench") if given.small else PAGES / "cost")

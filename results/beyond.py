@@ -2,17 +2,17 @@
 
     python -m results.beyond --method rank4 --lam 25    # all other flags are those of rank1_ewc.py
 
-Rows are added to METHODS:
+Methods that are added to METHODS:
 rank1-low, rank1-middle, rank1-high: mu and c* of the low, the middle or the high timesteps alone.
-rank1-proximal: the paper's penalty not in the loss, but as an exact step after each of Adam's.
+rank1-proximal: the paper's penalty, not in the loss but as an exact step after each Adam step.
 rank1-eig, rank2, rank4: F's top eigenvectors in mu's place, with their eigenvalues as c*.
-isotropic: F's trace, shared out evenly: a pull to theta* that knows no direction, as a control.
-rank1-shuffled: mu of images whose pixels were shuffled, at the strength of the true mu.
+isotropic: a control, F's trace spread evenly: a pull to theta* without a preferred direction.
+rank1-shuffled: mu of images with shuffled pixels, at the true mu's strength.
 
 A dataset is added too: fashion16, FashionMNIST at 16x16, ten tasks of one class in a random order.
 
 A method of your own needs a Fisher and a penalty as the script describes them, a row in METHODS,
-and a program that adds the row and calls the script's own, as the last lines here do.
+and a program that adds the row and then calls r.program(), as the last lines here do.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from torch.nn.utils import vector_to_parameters
 
 import rank1_ewc as r
 
-# ---- The Fisher of a part of the timesteps: the same images and noise, with another loss.
+# ---- The Fisher of some of the timesteps: the same images and noise, with another loss.
 
 
 def squeezed(t: Tensor, first: int, end: int) -> Tensor:
@@ -35,7 +35,7 @@ def squeezed(t: Tensor, first: int, end: int) -> Tensor:
 
 
 def loss_in(first: int, end: int) -> Callable:
-    """per_sample_loss at timesteps from `first` to before `end`."""
+    """per_sample_loss at timesteps first..end-1."""
     return lambda model, x0, t, eps, y: r.per_sample_loss(
         model, x0, squeezed(t, first, end), eps, y
     )
@@ -47,7 +47,7 @@ def loss_in(first: int, end: int) -> Callable:
 class ProximalPenalty(r.Rank1Penalty):
     """Rank-1 EWC outside the gradient.
 
-    In it a stiff penalty enters Adam's second moment, and makes every step shorter.
+    A strong penalty in the gradient enters Adam's second moment, and shortens every step.
     """
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -68,18 +68,18 @@ class ProximalPenalty(r.Rank1Penalty):
 
 # ---- F's top eigenvectors: F ~ sum_j lambda_j v_j v_j^T, the best approximation of its rank.
 
-GRADIENTS = 1024  # so many gradients of single samples are kept at once
+GRADIENTS = 1024  # at most this many per-sample gradients are kept at once
 
 
 def gradients_kept(model: nn.Module) -> int:
-    """How many gradients are kept at once: 1,024 of up to 390,000 weights, 10 of 37 million."""
+    """How many per-sample gradients are kept: 1,024 of up to 390,000 weights, 10 of 37 million."""
     return min(GRADIENTS, r.GRADIENT_FLOATS // len(r.flat(r.trainable(model))))
 
 
 def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All eigenvalues (N,), falling, and k eigenvectors (k, D) of F = G^T G / N, G (N, D).
+    """Eigenvalues (N,), largest first, and top k eigenvectors (k, D) of F = G^T G / N, G (N, D).
 
-    From the Gram matrix G G^T / N, which has the same eigenvalues: nothing of size D x D is made.
+    From the Gram matrix G G^T / N, which has the same nonzero eigenvalues: no D x D matrix is made.
     """
     values, U = torch.linalg.eigh((G @ G.T).cpu().double() / len(G))
     values = values.flip(0).clamp(min=1e-30)
@@ -91,7 +91,7 @@ def eigenpairs(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def rank_k_fisher(model, x, y, n, generator, loss=r.per_sample_loss, k=1) -> tuple:
     """F's top eigenvectors v_j (k, D) and eigenvalues lambda_j (k,).
 
-    They are those of n gradients, or of as many as can be kept. Every process computes all of it.
+    F is that of n gradients, or of as many as can be kept. Every process computes all of them.
     ValueError: fewer than k gradients.
     """
     n = min(n, gradients_kept(model))
@@ -110,25 +110,25 @@ class RankKPenalty(r.Rank1Penalty):
     """(lam/2) sum_k sum_j lambda_kj (v_kj^T (theta - theta*_k))^2: rank-1 for each eigenvector."""
 
     def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> dict[str, float]:
-        """The numbers are those of the top eigenpair: its energy is lambda_1."""
+        """-> the numbers of the top eigenpair, whose energy is lambda_1."""
         numbers = [super(RankKPenalty, self).add(pair, theta) for pair in zip(*fisher)]
         return numbers[0]
 
 
 def isotropic_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> Tensor:
-    """A multiple of the identity with F's trace, tr(F) / D for every weight (D,)."""
+    """The multiple of the identity with F's trace: tr(F) / D for every weight, (D,)."""
     diagonal = r.diagonal_fisher(model, x, y, n, generator, loss)
     return diagonal.mean().expand_as(diagonal)
 
 
-# ---- Another direction: what the same network's gradients share on images that show nothing.
+# ---- Another direction: the same network's mean gradient on images that show nothing.
 
 
 def shuffled_fisher(model, x, y, n, generator, loss=r.per_sample_loss) -> tuple:
-    """mu (D,) and c* of images x whose pixels were shuffled, each image its own way.
+    """mu (D,) and c* of the images x with shuffled pixels, each image in its own order.
 
-    c* is rescaled so that c* ||mu||^2 is that of the true images. With them come two numbers to
-    keep: the cosine of the two mu, and what c* ||mu||^2 was before.
+    c* is rescaled so that c* ||mu||^2 is that of the true images. Two numbers are also returned:
+    the cosine of this mu and the true one, and c* ||mu||^2 before rescaling.
     """
     true_mu, true_c_star = r.rank1_fisher(model, x, y, n, generator, loss)
     order = torch.rand(len(x), 1, x[0, 0].numel(), generator=generator, device=x.device).argsort(2)
@@ -150,11 +150,11 @@ class ShuffledPenalty(r.Rank1Penalty):
         return super().add((mu, c_star), theta) | numbers
 
 
-# ---- FashionMNIST at 16x16: real pictures, learned on a laptop.
+# ---- FashionMNIST at 16x16: real pictures that a laptop can learn.
 
 
 def load_fashion16(data_dir: Path) -> r.Data:
-    """Padded to 32x32, then the mean of 2x2 pixels; the first 1,000 and 200 of each class."""
+    """Means of 2x2 pixels of the padded images; per class the first 1,000 to train, 200 to test."""
     x, y, test_x, test_y = r.load_torchvision("FashionMNIST", data_dir)
 
     def few(images, labels, n):
@@ -191,7 +191,7 @@ METHODS = {
 
 
 def add_rows() -> None:
-    """The rows become the script's own, and its state, which a run's result.json names, says so."""
+    """Add the rows to the script's own, and this file's hash to the script's in result.json."""
     r.METHODS.update(METHODS)
     r.LOADERS.update(LOADERS)
     r.DATASETS.update(DATASETS)

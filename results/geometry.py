@@ -1,18 +1,18 @@
-"""What a trained model says about its Fisher F = E[g g^T]: the paper's Figures 1 to 3, and a VAE.
+"""The Fisher F = E[g g^T] of a trained model: the paper's Figures 1 to 3, and a VAE.
 
     python -m results.geometry {1,2,3,vae} RUN --to NAME [--data-dir data]
     python -m results.geometry {1,2,3,vae,movement} --first-task FLAGS --to NAME ..
     python -m results.geometry relearning RUN RUN .. --against RUN RUN .. --to NAME ..
 
-RUN is the folder of a finished run of rank1_ewc.py; or else the first task of a run with these
-FLAGS is learned here, and looked at. `vae` is the paper's control. `movement` goes on to the second
-task and watches its steps. Writes NAME.png and, the numbers, NAME.json; of 3 and vae the main ones
-as tables too, NAME.md. `relearning` compares how fast the final models of two rows of runs, a seed
-each, learn their first task again: NAME.csv, NAME.md and NAME.png.
+RUN is the folder of a finished run of rank1_ewc.py. With --first-task, a new model learns the first
+task of a run with these FLAGS. `vae` is the paper's control. `movement` also learns the second task
+and records its steps. The picture is NAME.png, its numbers are in NAME.json, and the main numbers
+of 3 and vae are also in tables, NAME.md. `relearning` compares how fast the final models of two
+rows of runs, one run per seed, relearn their first task: NAME.csv, NAME.md and NAME.png.
 
 Symbols: g_i the gradient of the i-th sample's loss, (D,); G all N of them, (N, D); mu = E[g]; F_t
-and mu_t those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F; A what
-stands in for F.
+and mu_t those of samples at timestep t; lambda_1 >= lambda_2 >= .. the eigenvalues of F; A an
+approximation of F.
 """
 
 import argparse
@@ -38,17 +38,17 @@ import rank1_ewc as r
 from results import beyond
 from results.report import interval, markdown, save, write_text
 
-TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps that are looked at
-VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is looked at
-RELEARNING = [0, 5, 10, 20, 50, 100]  # training steps on task 1 after which its FID is taken
+TIMES = [*range(0, r.NUM_STEPS, 50), r.NUM_STEPS - 1]  # the timesteps at which F_t is computed
+VAE_STEPS = [0, 30, 100, 300, 1000, 3000]  # training steps after which a VAE's F is computed
+RELEARNING = [0, 5, 10, 20, 50, 100]  # training steps on task 1 after which its FID is computed
 EVERY_STEP = (0, r.NUM_STEPS)
 
-# ---- The contract of a figure: figure(model, data, cfg) -> its numbers, a dict, and its picture.
+# ---- A figure is a function figure(model, data, cfg) -> its numbers, a dict, and its picture.
 # The model is in eval mode, and the images are on its device.
 
 
 def samples(data: r.Data, n: int, timesteps=EVERY_STEP, draw="figure") -> Iterator[tuple]:
-    """n samples in batches (x0, t, eps, y): the same images and noise whatever the timesteps."""
+    """n samples in batches (x0, t, eps, y); images and noise do not depend on the timesteps."""
     generator = r.rng(data.x.device, draw)
     for x0, t, eps, y in r.fisher_batches(data.x, data.y, n, generator):
         yield x0, beyond.squeezed(t, *timesteps), eps, y
@@ -62,11 +62,12 @@ def add_legend(axes) -> None:
 
 @torch.no_grad()
 def figure_1(model, data: r.Data, _) -> tuple:
-    """MSE(x_t, sqrt(1 - abar_t) eps_hat) at each t, and where Proposition 1 has it.
+    """MSE(x_t, sqrt(1 - abar_t) eps_hat) at each t, and what Proposition 1 predicts.
 
-    Tweedie: of the best denoiser, x_t - sqrt(1 - abar_t) eps_hat = sqrt(abar_t) E[x_0 | x_t, y]. At
-    high noise that expectation is the class's mean image, at low noise x_0 itself: the MSE lies
-    between abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2], means over pixels, and vanishes with abar_t.
+    By Tweedie's formula the best denoiser has x_t - sqrt(1 - abar_t) eps_hat =
+    sqrt(abar_t) E[x_0 | x_t, y]. At high noise this expectation is the class's mean image, at low
+    noise x_0 itself. So the MSE lies between abar_t E[E[x_0 | y]^2] and abar_t E[x_0^2] (means over
+    pixels), and vanishes with abar_t.
     """
     abar = r.alphas_cumprod(data.x.device)
     n = beyond.GRADIENTS
@@ -98,24 +99,24 @@ def figure_1(model, data: r.Data, _) -> tuple:
     return {"samples": n, "t": TIMES, "mse": mse, "high noise": high, "low noise": low}, figure
 
 
-# ---- F from the gradients of single samples. No D x D matrix is made: all but the diagonal is
-# known by vectors h_j whose H^T H / M it is, F by g_i, A = a v v^T by one, sqrt(a) v.
+# ---- F from per-sample gradients. No D x D matrix is made: each matrix except the diagonal is
+# H^T H / M for an H of M rows. For F these are the g_i, for A = a v v^T the single sqrt(a) v.
 
 
 def gradients(model: nn.Module, batches: Iterator[tuple], loss: Callable) -> Tensor:
-    """G, the gradient of each sample. (N, D)."""
+    """G (N, D), the per-sample gradients."""
     return torch.cat([r.per_sample_gradients(model, batch, loss) for batch in batches])
 
 
 def inner(G: Tensor, H: Tensor) -> float:
-    """<F, A>, the sum of all F_ij A_ij, of F = G^T G / N and A = H^T H / M. G (N, D), H (M, D)."""
+    """<F, A>, the sum of all F_ij A_ij, for F = G^T G / N and A = H^T H / M. G (N, D), H (M, D)."""
     return (G @ H.T).double().square().mean().item()
 
 
 def errors(G: Tensor, diagonal: Tensor, others: dict[str, Tensor]) -> dict[str, float]:
-    """||F - A|| / ||F|| of each A in the place of F = G^T G / N, G (N, D).
+    """The error ||F - A|| / ||F|| of each approximation A of F = G^T G / N, G (N, D).
 
-    diagonal: that of an F, (D,). others: of each other A = H^T H / M its H (M, D).
+    diagonal (D,): that of the diagonal A. others: for each other A = H^T H / M its H (M, D).
     """
     F_squared = inner(G, G)
     products = {"diagonal": (r.dot(G.square().mean(0), diagonal), r.dot(diagonal, diagonal))}
@@ -133,10 +134,10 @@ def geometry(
 ) -> tuple[dict, Tensor, Tensor]:
     """Describe F by N gradients at these timesteps. -> numbers, mu (D,), |cos(g_i, mu)| (N,).
 
-    loss(predict, *batch) -> (B,). mu_noise: what ||mu|| would be if the gradients had no mean.
-    energy: c* ||mu||^2. error: ||F - A|| / ||F||, Frobenius, of each A on the gradients that A is
-    made of, as in the paper; error_fresh: on as many others, of the same images with new noise.
-    cos_top: like the mean of |cos(g_i, mu)|, for F's top eigenvector in mu's place.
+    loss(predict, *batch) -> (B,). mu_noise: the ||mu|| to expect of gradients whose true mean is 0.
+    energy: c* ||mu||^2. error: ||F - A|| / ||F|| (Frobenius) of each A on the gradients that A is
+    made of, as in the paper; error_fresh: on as many fresh samples. cos_top: the mean of
+    |cos(g_i, v)| for F's top eigenvector v.
     """
     n = beyond.gradients_kept(model)
     G = gradients(model, samples(data, n, timesteps), loss)
@@ -175,19 +176,19 @@ def geometry(
 
 
 def geometry_at_each_time(model: nn.Module, data: r.Data) -> tuple[pd.DataFrame, Tensor, Tensor]:
-    """geometry() at TIMES: its numbers, a line each; mu_t (times, D); |cos(g_i, mu_t)|."""
+    """geometry() at TIMES: a table of its numbers, mu_t (times, D), |cos(g_i, mu_t)| (times, N)."""
     steps = r.progress(TIMES, "gradients", unit="timestep")
     numbers, mu, cos = zip(*[geometry(model, data, (t, t + 1)) for t in steps])
     return pd.DataFrame(numbers, TIMES), torch.stack(mu), torch.stack(cos)
 
 
 def error_tables(at: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The errors that geometry() gives for several F, a line each: "error", and "error_fresh"."""
+    """geometry()'s errors of several F as two tables, one line per F: "error", "error_fresh"."""
     return pd.DataFrame([*at["error"]], at.index), pd.DataFrame([*at["error_fresh"]], at.index)
 
 
 def as_tables(at: pd.DataFrame) -> str:
-    """Two tables of what geometry() says of several F, a line each: their shape, and A's errors."""
+    """geometry()'s numbers of several F as two tables: the shape of each F, and each A's errors."""
     eigenvalues = at["eigenvalues"].str
     shape = pd.DataFrame(
         {
@@ -208,9 +209,9 @@ def as_tables(at: pd.DataFrame) -> str:
 
 
 def figure_2(model, data: r.Data, _) -> tuple:
-    """|cos(g_i, mu_t)|, which Proposition 2 has at 1; above, its mean, and F_t's top eigenvector's.
+    """|cos(g_i, mu_t)|, 1 by Proposition 2. Above: its mean, and that of F_t's top eigenvector.
 
-    Gradients of equal length, orthogonal to each other, have a cosine of N^-1/2 with their mean.
+    N orthogonal gradients of equal length have a cosine of N^-1/2 with their mean.
     """
     at, _, cos = geometry_at_each_time(model, data)
     cos = cos.cpu().double()
@@ -234,7 +235,7 @@ def figure_2(model, data: r.Data, _) -> tuple:
 
 
 def figure_3(model, data: r.Data, _) -> tuple:
-    """(a) cosines of mu_s and mu_t; (b, c) F_t's eigenvalues; (d) errors of each A in its place."""
+    """(a) cosines of mu_s and mu_t; (b, c) F_t's eigenvalues; (d) the errors of each A."""
     at, mu, cos = geometry_at_each_time(model, data)
     all_timesteps, _, _ = geometry(model, data)
     directions = normalize(mu)  # (times, D)
@@ -253,7 +254,7 @@ def figure_3(model, data: r.Data, _) -> tuple:
     c.plot(700, 0.022, "k*", label="paper, t = 700: 0.022")
     c.set(title="(c) second eigenvalue over first", ylabel="their ratio", ylim=(0, 1.05))
     d.plot(TIMES, error, ".-", label=[*error])
-    d.set_prop_cycle(None)  # the same colours again
+    d.set_prop_cycle(None)  # so that dashed lines get the solid ones' colours
     d.plot(TIMES, fresh, "--")
     d.set(title="(d) approximations A of $F_t$; dashed: fresh gradients")
     d.set(ylabel="distance of A from $F_t$, over $F_t$'s norm")
@@ -296,7 +297,7 @@ class VAE(nn.Module):
 
 
 def vae_loss(predict: Callable, x0: Tensor, t, eps: Tensor, y, kl_weight: float) -> Tensor:
-    """Squared error, mean over pixels, + kl_weight x KL divergence from N(0, 1), summed. -> (B,).
+    """Squared error (pixels' mean) + kl_weight x KL divergence from N(0, 1) (summed). -> (B,).
 
     Takes the DDPM's samples: the noise of the 8 latent variables is the first 8 pixels of eps; t
     and y are not used.
@@ -308,7 +309,7 @@ def vae_loss(predict: Callable, x0: Tensor, t, eps: Tensor, y, kl_weight: float)
 
 
 def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
-    """Train a VAE. -> after each of VAE_STEPS its geometry() and the squared error of a batch."""
+    """Train a VAE. -> its geometry() and a batch's squared error after each of VAE_STEPS."""
     torch.manual_seed(0)  # the global generator gives the initial weights
     device = data.x.device
     vae = VAE(data.x[0].numel()).to(device)
@@ -329,9 +330,9 @@ def train_vae(data: r.Data, kl_weight: float) -> list[dict]:
 
 
 def figure_vae(model, data: r.Data, _) -> tuple:
-    """The share of F's trace in its top eigenvalue: of VAEs while they learn, and of the DDPM."""
+    """The share of F's trace in its top eigenvalue, for VAEs as they learn and for the DDPM."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps = [str(step) for step in VAE_STEPS]  # drawn at equal distances
+    steps = [str(step) for step in VAE_STEPS]  # as text: at equal distances on the axis
     found = {}
     for color, kl_weight, published in (("C0", 1.0, 0.50), ("C1", 1e-3, 0.85)):
         name = f"VAE, KL x {kl_weight:g}"
@@ -359,7 +360,7 @@ def figure_vae(model, data: r.Data, _) -> tuple:
 
 
 def learn(cfg, state: r.State, task: r.Data, replay: tuple | None = None) -> None:
-    """Learn a task, as a run with these settings does. `state` becomes that at its end."""
+    """Learn a task as a run with these settings does, and update `state`."""
     state.saved_at = math.inf  # so that no checkpoint is written
     _, steps = r.steps_of(cfg, task)
     with r.progress(None, cfg.method, total=steps, unit="step") as bar:
@@ -367,10 +368,10 @@ def learn(cfg, state: r.State, task: r.Data, replay: tuple | None = None) -> Non
 
 
 class Watched(r.Rank1Penalty):
-    """Rank-1 EWC of one old task, which watches each step along u = mu / ||mu||.
+    """Rank-1 EWC of one old task that records each step along u = mu / ||mu||.
 
-    After each step: "position" u^T (theta - theta*); "share" of the step's squared length that lies
-    along u.
+    "position": u^T (theta - theta*) after the step. "share": how much of the step's squared length
+    lies along u.
     """
 
     def add(self, fisher: tuple[Tensor, Tensor], theta: Tensor) -> None:
@@ -391,8 +392,8 @@ class Watched(r.Rank1Penalty):
 def figure_movement(model, data: r.Data, cfg) -> tuple:
     """How the weights move along mu of the first task while the second is learned.
 
-    With lambda 0 and lam. model: what has learned the first task; data: that of all tasks. The
-    average is the weights' running average with decay 0.99.
+    With lambda 0, and with cfg.lam. model: after the first task; data: of all tasks. The average is
+    the weights' exponential moving average with decay 0.99.
     """
     first, second, *_ = r.split_tasks(data, cfg.tasks)
     theta = r.flat(r.trainable(model)).detach()
@@ -439,8 +440,8 @@ def figure_movement(model, data: r.Data, cfg) -> tuple:
 def relearn(cfg, model: nn.Module, data: r.Data, features: Callable) -> list[dict]:
     """Train a final model on task 1's real images alone. -> FID of task 1 after RELEARNING steps.
 
-    By the denoising loss, at a constant tenth of the run's learning rate; the FID is taken as in
-    the run.
+    With the denoising loss, at a constant tenth of the run's learning rate. The FID is computed as
+    in the run.
     """
     row = f"{cfg.method} --lam {cfg.lam:g}" if cfg.lam else cfg.method
     task = r.split_tasks(data, cfg.tasks)[0]
@@ -449,7 +450,7 @@ def relearn(cfg, model: nn.Module, data: r.Data, features: Callable) -> list[dic
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr / 10)
     lines = []
     step = 0
-    # The draws are those of a task after the last: of the seed alone, and new to the model.
+    # The draws of a task after the last depend on the seed alone, and are new to the model.
     for epoch in count():
         for batch in r.epoch_batches(task, None, size, cfg.seed, cfg.tasks, epoch):
             if step in RELEARNING:
@@ -464,10 +465,10 @@ def relearn(cfg, model: nn.Module, data: r.Data, features: Callable) -> list[dic
 
 
 def compare_relearning(lines: pd.DataFrame, learned: float, to: Path) -> None:
-    """Compare two rows of runs, the second the baseline, by relearn()'s lines: TO.csv, .md, .png.
+    """Compare two rows in relearn()'s lines, the second the baseline: TO.csv, TO.md, TO.png.
 
-    learned: the mean FID of task 1 when it had just been learned. Intervals: 95%, by Student's t,
-    over seeds.
+    learned: the baseline's mean FID of task 1 just after it was learned. Intervals: 95%, paired
+    Student's t over the seeds.
     """
     ours, base = lines["row"].unique()
     means = lines.pivot_table("FID", "steps", "row", sort=False)
@@ -503,17 +504,17 @@ def compare_relearning(lines: pd.DataFrame, learned: float, to: Path) -> None:
 
 
 def relearning(runs: list[Path], against: list[Path], to: Path, data_dir: Path) -> None:
-    """Relearn task 1 with two rows of runs, and compare them. Stops if they cannot be paired."""
+    """Relearn task 1 with the models of two rows, and compare. Stops if runs cannot be paired."""
     ours = [load_run(run, data_dir) for run in runs]
     base = [load_run(run, data_dir) for run in against]
     may_differ = {"method": None, "lam": None}
     our_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in ours]
     base_settings = [r.settings_of(cfg) | may_differ for cfg, _, _ in base]
     if our_settings != base_settings or len(runs) < 2:
-        seeds = "the same seeds in the same order, two at least"
+        seeds = "the same seeds in the same order, at least two"
         r.stop(f"both rows must have {seeds}, and differ in --method and --lam alone")
     cfg, _, data = base[0]
-    # As in a run they are of all images, with the labels that these had before --class-order.
+    # As in a run, the classifier learns all images, with their labels from before --class-order.
     features = r.fid_features(cfg, r.load_data(cfg.dataset, data_dir), data.x.device)
     lines = []
     for loaded in r.progress([*ours, *base], "relearning", unit="run"):
@@ -522,11 +523,11 @@ def relearning(runs: list[Path], against: list[Path], to: Path, data_dir: Path) 
     compare_relearning(pd.DataFrame(lines), np.mean(learned), to)
 
 
-# ---- What is looked at: a finished run, or the first task of a new one.
+# ---- The model of a finished run, or of the first task of a new one.
 
 
 def begin(cfg) -> tuple[r.State, r.Data]:
-    """What a run with these settings begins with: its state, and its data, on the device."""
+    """The state and the data, on the device, with which a run with these settings begins."""
     device = r.set_up(cfg)
     data = r.load_data(cfg.dataset, cfg.data_dir)
     if cfg.limit:
@@ -537,7 +538,7 @@ def begin(cfg) -> tuple[r.State, r.Data]:
 
 
 def load_run(run: Path, data_dir: Path) -> tuple:
-    """A finished run's settings, model, in eval mode, and data, on the device. Or stop."""
+    """A finished run's settings, model (in eval mode) and data. Stops if these are other data."""
     result = r.read_result(run / "result.json")
     cfg = argparse.Namespace(**result["config"] | {"data_dir": data_dir, "device": "auto"})
     state, data = begin(cfg)
@@ -549,7 +550,7 @@ def load_run(run: Path, data_dir: Path) -> tuple:
 
 
 def learn_first_task(cfg) -> tuple[nn.Module, r.Data]:
-    """The model, in eval mode, after the first task of a run with these settings; all its data."""
+    """The model (in eval mode) after the first task of a run with these settings; all its data."""
     state, data = begin(cfg)
     r.begin_task(cfg, state)
     learn(cfg, state, r.split_tasks(data, cfg.tasks)[0])
@@ -568,16 +569,16 @@ FIGURES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make a figure of a finished run, or compare how fast runs relearn: a picture, and numbers."""
+    """Make a figure of a model, or compare how fast runs relearn their first task."""
     summary = __doc__.partition("\n\n")[0]
     parser = argparse.ArgumentParser("python -m results.geometry", description=summary)
     parser.error = r.stop
     add = parser.add_argument
-    add("figure", choices=[*FIGURES, "relearning"], help="the paper's number of it, or ..")
-    add("runs", metavar="RUN", type=r.folder, nargs="*", help="folder of a finished run; or:")
-    add("--first-task", metavar="FLAGS", help='"--lr 1e-3 --seed 7": of which run')
-    add("--against", metavar="RUN", type=r.folder, nargs="+", default=[], help="the other row")
-    add("--to", metavar="NAME", type=r.folder, required=True, help="of the files")
+    add("figure", choices=[*FIGURES, "relearning"], help="its number in the paper, or a name")
+    add("runs", metavar="RUN", type=r.folder, nargs="*", help="folder of a finished run")
+    add("--first-task", metavar="FLAGS", help="instead of RUN: learn the first task with these")
+    add("--against", metavar="RUN", type=r.folder, nargs="+", default=[], help="the baseline row")
+    add("--to", metavar="NAME", type=r.folder, required=True, help="name of the files")
     add("--data-dir", type=r.folder, default=Path("data"), help="where the datasets are")
     args = parser.parse_args(argv)
     if args.figure == "relearning":
@@ -592,7 +593,7 @@ def main(argv: list[str] | None = None) -> None:
     elif len(args.runs) == 1 and args.figure != "movement":
         cfg, model, data = load_run(args.runs[0], args.data_dir)
     else:
-        r.stop("name a finished run, or else --first-task FLAGS (movement: always)")
+        r.stop("name one finished run or --first-task FLAGS; movement needs the latter")
     numbers, figure = FIGURES[args.figure](model, data, cfg)
     of = f"{cfg.dataset}, {cfg.method}, seed {cfg.seed}, {cfg.epochs} epochs a task at lr {cfg.lr}"
     if cfg.lr_decay == "linear":
@@ -608,5 +609,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    beyond.add_rows()  # so that runs of its methods and datasets are known
+    beyond.add_rows()  # so that its methods and datasets are known
     main()

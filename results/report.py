@@ -1,21 +1,21 @@
-"""What finished runs of rank1_ewc.py say together: Table 1, Figures 4 and 5, and comparisons.
+"""Report on finished runs of rank1_ewc.py: Table 1, Figures 4 and 5, and comparisons.
 
     python -m results.report runs/digits               # Table 1 of all finished runs in a folder
-    python -m results.report RUN .. --over lam --to lambda   # over a setting, or "curvature"
+    python -m results.report RUN .. --over lam --to lambda   # compare over lam (or: curvature)
     python -m results.report RUN .. --over lam --to direct --against RUN ..   # not against GD
     python -m results.report RUN .. --over lam --to lambda --together 3       # Bonferroni's, too
     python -m results.report runs/digits --rows finetune,gd --to picture.png  # Figure 5 alone
     python -m results.report --sample RUN --classes 3,7      # ten images of each class
-    python -m results.report --include README.md       # renew the tables that a text includes
+    python -m results.report --include README.md       # update the tables that a text includes
     python -m results.report --tally results/pages/*/*.csv   # how often a penalty helps GD
-    python -m results.report RUN .. --summary --to summary.md  # README's table
+    python -m results.report RUN .. --summary --to summary.md  # the README's table
     python -m results.report TEST.csv PILOT.csv .. --tradeoff --to NAME.png  # new against old tasks
 
-The first writes table1.md, table1.csv, figure4.png and figure5.png into --to, or else into the
-first folder; the second lambda.md, lambda.csv and, where there are three points or more,
-lambda.png. A row is a method, named with the settings in which it differs from others
-("gd --ema 0.99"); its runs differ in the seed alone. In a text, all between a line
-"<!-- include: FILE -->" and the next "<!-- end -->" becomes FILE as it now is.
+The first command writes table1.md, table1.csv, figure4.png and figure5.png into the folder --to
+(default: the first folder). The second writes lambda.md, lambda.csv and, for three points or more,
+lambda.png. A row is a method, named with the settings in which it differs from other rows
+("gd --ema 0.99"); its runs differ only in the seed. In a text, everything between a line
+"<!-- include: FILE -->" and the next "<!-- end -->" is replaced by FILE.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from results import beyond
 PAGES = Path(__file__).parent / "pages"
 METHODS = r.METHODS | beyond.METHODS
 DATASETS = r.DATASETS | beyond.DATASETS
-OLDER = {  # form and fisher_timesteps of older runs: methods now
+OLDER = {  # older runs' form or fisher_timesteps -> the method it is today
     "proximal": "rank1-proximal",
     "0,333": "rank1-low",
     "333,667": "rank1-middle",
     "667,1000": "rank1-high",
 }
-NOT_COMPARED = {"dataset", "method", "seed", "device", "bf16"}  # settings
-EIGENVECTORS = {"rank1-eig", "rank2", "rank4"}  # whose c* and mu are of another kind
+NOT_COMPARED = {"dataset", "method", "seed", "device", "bf16"}  # settings outside a row's flags
+EIGENVECTORS = {"rank1-eig", "rank2", "rank4"}  # their c* and mu are eigenvalues and eigenvectors
 OF_PENALTY = {"lam", "fisher_samples"}
 OF_REPLAY = {"replay_per_class", "replay_steps"}
 MEASURES = ["AFID", "forgetting", "FID just learned", "rise from best", "pooled FID"]
-HAVE_SHARES = ("AFID", "FID just learned")  # forgetting may be about 0: a share of it says nothing
+HAVE_SHARES = ("AFID", "FID just learned")  # forgetting may be near 0: a share says nothing
 ROW = ["dataset", "fid_features", "line", "at"]  # the columns that tell rows apart
 LEGEND = (
     "FID just learned: mean over the tasks of the FID right after each was learned. "
@@ -75,12 +75,12 @@ PLAIN_WORDS = {
 }
 
 
-# ---- Runs: a table with a line per run, its columns the parts of result.json and what is computed
-# from them. `runs` and `group` below are such tables, `row` that of a row's runs, a seed each.
+# ---- Runs: a table with one line per run. Its columns are the parts of result.json and what is
+# computed from them. `runs` and `group` are such tables; `row` holds a row's runs, one per seed.
 
 
 def as_text(config: dict) -> dict[str, str]:
-    """Settings as one would type them: [16, 32] -> "16,32", 10.0 -> "10"."""
+    """Settings as typed, with replay_steps filled in: [16, 32] -> "16,32", 10.0 -> "10"."""
     settings = {}
     for name, value in config.items():
         if isinstance(value, list):
@@ -94,25 +94,25 @@ def as_text(config: dict) -> dict[str, str]:
 
 
 def usual_settings(dataset: str, channels: str = "") -> dict[str, str]:
-    """What a dataset's settings are where no flag says otherwise, with a network of this size."""
+    """A dataset's default settings for a network with these channels."""
     row = DATASETS.get(dataset, {})
-    if channels == "16,32,32,32":  # this small network is trained as that of the digits
+    if channels == "16,32,32,32":  # this small network has the digits' settings
         row = r.DIGITS
-    cfg = r.parse_args(["--dataset", "mnist"])  # all is the paper's
+    cfg = r.parse_args(["--dataset", "mnist"])  # the paper's settings
     return as_text(r.settings_of(cfg) | row)
 
 
 def read_run(path: Path) -> dict:
-    """A finished run, of its result.json. Stops if this is damaged or lacks parts."""
-    run = {"data": None, "class_order": None} | r.read_result(path)  # older runs lack them
+    """Read a finished run's result.json. Stops if it is damaged or lacks parts."""
+    run = {"data": None, "class_order": None} | r.read_result(path)  # older runs lack these
     try:
         settings = as_text(run["config"] | {"lam": run["lam"]})
         for name in ("form", "fisher_timesteps"):
             run["method"] = OLDER.get(settings.get(name), run["method"])
         own = r.Method(replay=True, penalty=bool(run["fisher"]))
-        method = METHODS.get(run["method"], own)  # own: all that is known of one of your own
+        method = METHODS.get(run["method"], own)  # own: assumed of a method of your own
         usual = usual_settings(run["dataset"], settings["channels"])
-        settings = usual | settings  # an older run lacks some
+        settings = usual | settings  # older runs lack some
         used = usual.keys() - NOT_COMPARED
         if not method.penalty:
             used -= OF_PENALTY
@@ -129,12 +129,12 @@ def read_run(path: Path) -> dict:
 
 
 def measure(run: dict, method: r.Method) -> dict:
-    """MEASURES, AFID after each task, and by how much the FID of each old task has changed."""
+    """MEASURES, AFID after each task, and each old task's change of FID since it was learned."""
     afid, forgetting = r.afid_and_forgetting(run["fid"])
-    fid = pd.DataFrame(run["fid"], dtype=float)  # fid.loc[j, k]: of task k after task j
+    fid = pd.DataFrame(run["fid"], dtype=float)  # fid.loc[j, k]: FID of task k after task j
     if method.joint:
         fid = pd.DataFrame(np.nan, fid.columns, fid.columns)
-        afid *= len(fid)  # Figure 4 has it at all tasks
+        afid *= len(fid)  # a horizontal line in Figure 4
     learned = np.diagonal(fid)
     final = fid.iloc[-1, :-1]  # of the old tasks
     rise = final - fid.iloc[:-1, :-1].min()
@@ -143,7 +143,7 @@ def measure(run: dict, method: r.Method) -> dict:
 
 
 def find_flags(runs) -> pd.DataFrame:
-    """The settings in which runs of a dataset differ, a column each; nan: as usual, or unused."""
+    """The settings in which runs of a dataset differ, one per column; nan: default, or unused."""
     settings = pd.DataFrame([*runs.settings], runs.index)
     usual = pd.DataFrame([*runs.usual], runs.index)[settings.columns]
     differ = settings.groupby(runs.dataset).transform("nunique") > 1
@@ -151,7 +151,7 @@ def find_flags(runs) -> pd.DataFrame:
 
 
 def name_rows(runs, but: str | None = None) -> pd.Series:
-    """Each run's method and flags, `but` one: "gd --ema 0.99"."""
+    """Each run's method and flags, except the setting `but`: "gd --ema 0.99"."""
     names = runs.method.astype(str)
     flags = find_flags(runs)
     for setting in flags.columns.drop(but, errors="ignore"):
@@ -160,10 +160,10 @@ def name_rows(runs, but: str | None = None) -> pd.Series:
 
 
 def read_runs(folders: list[Path], methods=(), over=None, against=()) -> pd.DataFrame:
-    """The finished runs below these folders, of all methods or of these alone, in their order.
+    """The finished runs in these folders, of all methods or only of `methods`, in that order.
 
-    "line" is what a row is named with: the method and the settings, but for `over`, in which it
-    differs from others. The runs below `against` are there only to be compared with.
+    The column "line" names a run's row: its method, and the settings except `over` in which it
+    differs from other rows. Runs in `against` serve only as a baseline.
     """
     found = []
     for folder in [*folders, *against]:
@@ -172,7 +172,7 @@ def read_runs(folders: list[Path], methods=(), over=None, against=()) -> pd.Data
             r.stop(f"{folder} holds no finished run (result.json): train it, or leave it out")
         found += [read_run(path) | {"other": folder in against} for path in paths]
     runs = pd.DataFrame(found)
-    methods = dict.fromkeys(methods or [*METHODS, *runs.method])  # those of one's own come last
+    methods = dict.fromkeys(methods or [*METHODS, *runs.method])  # your own come last
     runs["method"] = pd.Categorical(runs.method, [*methods])
     runs = runs.dropna(subset="method")
     runs[MEASURES] = runs[MEASURES].astype(float)  # None becomes nan
@@ -187,11 +187,11 @@ def read_runs(folders: list[Path], methods=(), over=None, against=()) -> pd.Data
 
 
 def refuse_unlike(runs) -> None:
-    """Stop if two runs are the same row and seed, or do not belong in one report."""
+    """Stop if two runs have the same row and seed, or cannot be compared."""
     refuse(runs[runs.duplicated([*ROW, "seed"], keep=False)], "are the same row and seed")
     data = runs.dropna(subset="data").drop_duplicates(["dataset", "data"])
     refuse(data[data.duplicated("dataset", keep=False)], "learned different data")
-    # Of one seed the same real images are drawn: their FID shows which network it was taken with.
+    # A seed always draws the same real images: if their FIDs differ, so do the feature networks.
     order = runs.settings.str["class_order"]
     for _, group in runs.groupby(["dataset", "fid_features", "seed", "tasks", order]):
         first = group.fid_real.iloc[0]
@@ -206,10 +206,10 @@ def refuse(unlike, what: str) -> None:
 
 
 def find_baselines(runs) -> list[int]:
-    """For each run the place of the one that shows what it adds: GD of equal flags and seed.
+    """For each run the index of its baseline: the run of GD with the same flags and seed.
 
-    For a run of GD it is the one that lacks the fewest of its flags. Where there is none, or more
-    than one, -1.
+    The baseline of a run of GD is the run of GD that lacks the fewest of its flags. -1 if no run
+    qualifies, or several do.
     """
     found = []
     same = runs[["dataset", "fid_features", "seed"]]
@@ -231,11 +231,12 @@ def find_baselines(runs) -> list[int]:
 
 
 def statistics(values: pd.Series, bases: pd.Series, together=None) -> dict:
-    """Of a measure of a row's runs, and of the runs that these are paired with (nan: none).
+    """Statistics of a measure: a row's values, and their paired differences from `bases`.
 
-    low and high are the 95% interval of the mean difference, by Student's t with a degree of
-    freedom less than pairs; the shares are these three in percent of the mean of the runs that they
-    are paired with. low_together and high_together hold for so many comparisons at once.
+    bases: the baselines' values, nan where there is none. low and high: the 95% confidence interval
+    of the mean difference (Student's t, pairs - 1 degrees of freedom). The shares are difference,
+    low and high in percent of the baselines' mean. low_together and high_together: the interval
+    that holds for `together` comparisons at once (Bonferroni).
     """
     d = (values - bases).dropna()
     mean = d.mean()
@@ -264,15 +265,15 @@ def spans(seeds: list[int]) -> str:
 
 
 def rounded(value: float, digits: int = 3) -> str:
-    """To so many digits: 602.4 -> "602", 0.0612 -> "0.0612"."""
+    """Round to significant digits: 602.4 -> "602", 0.0612 -> "0.0612"."""
     return np.format_float_positional(value, precision=digits, fractional=False, trim="-")
 
 
 def of_penalty(row) -> dict:
-    """Of a row's runs the mean curvature, the least and the largest c* and norm of mu, and drift.
+    """A row's mean curvature, its smallest and largest c* and norm of mu, and its drift.
 
-    Drift: how far the weights end from the old theta* along each direction, of length 1; root mean
-    square.
+    Drift: how far the final weights are from each old theta* along each direction that is kept,
+    scaled to length 1; root mean square.
     """
     fishers = pd.DataFrame([*row.fisher.explode().dropna()])
     energy = fishers.filter(["energy", "trace"]).stack()
@@ -283,14 +284,14 @@ def of_penalty(row) -> dict:
             least, most = fishers[name].agg(["min", "max"])
             numbers[column] = f"{rounded(least, 2)} to {rounded(most, 2)}"
     if "mu_norm" in fishers:
-        norms = np.reshape(fishers["mu_norm"], (len(row), -1, 1))  # a task may have many directions
+        norms = np.reshape(fishers["mu_norm"], (len(row), -1, 1))  # a task may keep several
         last = np.reshape([drift[-1] for drift in row.drift], (*norms.shape[:2], -1))
         numbers["drift"] = np.sqrt(np.mean((last / norms) ** 2))
     return numbers
 
 
 def notes_of_ten(row, base) -> list[str]:
-    """Of ten seeds: how old tasks changed, and whether the first five's difference replicated."""
+    """Remarks on ten seeds: how old tasks changed, and whether seeds 5-9 replicate seeds 0-4."""
     notes = []
     name = row.name.iloc[0]
     d = (row.AFID - base.AFID).dropna()
@@ -309,7 +310,7 @@ def notes_of_ten(row, base) -> list[str]:
 
 
 def summarize(runs, together=None) -> tuple[pd.DataFrame, list[str]]:
-    """-> a line per row and measure, and remarks. "base": the place of a run's partner."""
+    """-> one line per row and measure, and remarks. runs.base: index of each run's baseline."""
     lines = []
     notes = []
     for key, row in runs[~runs.other].groupby(ROW, sort=False, dropna=False):
@@ -331,7 +332,7 @@ def summarize(runs, together=None) -> tuple[pd.DataFrame, list[str]]:
 
 
 def markdown(rows) -> str:
-    """A table, "-" for None, its columns as wide as their widest cell; no empty columns."""
+    """A Markdown table, "-" for None, columns as wide as their widest cell, none of them empty."""
     table = pd.DataFrame(rows).astype(object).fillna("-").astype(str)
     columns = []
     for name in table.columns[(table != "-").any()]:
@@ -342,7 +343,7 @@ def markdown(rows) -> str:
 
 
 def by_measure(words, content: str, columns: list[str]) -> str:
-    """A table with these columns, then `content` of each measure."""
+    """A table of these columns and then, for each measure, a column of its `content`."""
     words = words.astype(object).fillna("-")
     rows = words[columns].drop_duplicates()
     for measure in MEASURES:
@@ -352,7 +353,7 @@ def by_measure(words, content: str, columns: list[str]) -> str:
 
 
 def interval(mean: float, low: float, high: float, digits: int, unit: str = "") -> str:
-    """ "-0.70 (-1.03 to -0.37)"; of a single pair the mean alone."""
+    """ "-0.70 (-1.03 to -0.37)"; for a single pair only the mean."""
     text = f"{mean:+.{digits}f}{unit}"
     if not np.isnan(low):
         text += f" ({low:.{digits}f} to {high:.{digits}f})"
@@ -360,13 +361,13 @@ def interval(mean: float, low: float, high: float, digits: int, unit: str = "") 
 
 
 def in_words(lines, first: list[str], further: list[str]) -> str:
-    """Two tables of summarize()'s lines, with the `first` columns: means, and differences."""
+    """summarize()'s lines as two tables, of means and of differences, after columns `first`."""
     means = []
     gaps = []
     for line in lines.itertuples():
         digits = 2 if abs(line.mean) < 3 else 1
         mean = f"{line.mean:.{digits}f} ± {line.standard_error:.{digits}f}"
-        means.append(mean.removesuffix(" ± nan"))  # of a single run
+        means.append(mean.removesuffix(" ± nan"))  # a single run has no error
         gap = interval(line.difference, line.low, line.high, 2)
         if line.measure == "AFID":
             gap += f", {interval(line.share, line.share_low, line.share_high, 1, '%')}"
@@ -395,7 +396,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write(to: Path, lines, *text: str) -> None:
-    """Print the text and write it to TO.md, and the lines, with their digits, to TO.csv."""
+    """Print the text, write it to TO.md, and write the lines, unrounded, to TO.csv."""
     text = "\n".join([*text, ""])
     print(text)
     write_text(Path(f"{to}.md"), text)
@@ -421,7 +422,7 @@ def label(line: str) -> str:
 
 
 def number_axis(axis) -> None:
-    """Linear where all lies within a factor of five, or not above 0; else logarithmic."""
+    """Logarithmic if all values are positive and span more than a factor of five, else linear."""
     low, high = axis.get_data_interval()
     if 0 < 5 * low < high:
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -433,7 +434,7 @@ def number_axis(axis) -> None:
 def plot_afid(runs, dataset: str, features: str, path: Path) -> None:
     """Figure 4: AFID after each task, with bands of one standard error.
 
-    Where the features are the paper's, its curves stand beside ours, dashed.
+    The paper's curves are added, dashed, where its FIDs use the same features.
     """
     classes = len(runs.class_order.iloc[0] or range(10))  # older runs have no order
     per_task = ", ".join([str(classes // tasks) for tasks in runs.tasks.unique()])
@@ -459,13 +460,13 @@ def plot_afid(runs, dataset: str, features: str, path: Path) -> None:
 
 
 def plot_samples(runs, path: Path) -> None:
-    """Figure 5: five samples of each of the first two classes, a row a row of Table 1.
+    """Figure 5: five samples of each of the first two classes, for each row of Table 1.
 
-    Cut out of the samples-task*.png of one seed: all start from the same noises.
+    They are cut out of the samples-task*.png of one seed, and all start from the same noise.
     """
     runs = runs[runs.seed == runs.seed.min()]
     dataset, order, count = runs[["dataset", "class_order", "tasks"]].iloc[0]
-    order = order or [*range(10)]  # of older runs
+    order = order or [*range(10)]  # older runs have no order
     size = len(order) // count
     tasks = np.linspace(1, count, min(count, 5)).round().astype(int)
     figure = Figure(figsize=(2 + 1.5 * len(tasks), 1 + 0.7 * len(runs)), layout="constrained")
@@ -488,7 +489,7 @@ def plot_samples(runs, path: Path) -> None:
 
 
 def plot_lines(lines, over: str, path: Path) -> None:
-    """Over a setting differences with 95% intervals; or else means, with standard errors."""
+    """Plot differences with 95% intervals or, without baselines, means with standard errors."""
     what = "mean and standard error"
     lines = lines.assign(y=lines["mean"], half=lines.standard_error)
     paired = lines.pairs.any()
@@ -498,11 +499,11 @@ def plot_lines(lines, over: str, path: Path) -> None:
         against = " or ".join(lines.against.unique())
         what = f"difference from {label(against)} and its 95% interval"
     if not lines.groupby("line").x.nunique().max() > 2:
-        return  # two points are read in the table
+        return  # two points can be read in the table
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES):
         points = lines[lines.measure == measure]
-        for name in lines.line.unique():  # in each panel, as its color depends on its place
+        for name in lines.line.unique():  # even if empty: colors must agree between panels
             own = points[points.line == name]
             text = label(name)
             if over == "curvature":
@@ -512,10 +513,10 @@ def plot_lines(lines, over: str, path: Path) -> None:
             axes.axhline(0, color="black", lw=0.8)
         size = points.y.abs()
         number_axis(axes.xaxis)
-        if size.max() > 20 * max(1, size.median()):  # a far point would flatten all others
+        if size.max() > 20 * max(1, size.median()):  # one far point would flatten the rest
             axes.set_yscale("symlog", linthresh=1)
             axes.yaxis.set_major_formatter("{x:g}")
-        elif not paired:  # differences have 0 among them
+        elif not paired:  # differences include 0
             number_axis(axes.yaxis)
         axes.set(xlabel=setting_label(over), title=measure)
         axes.grid(alpha=0.3)
@@ -526,11 +527,11 @@ def plot_lines(lines, over: str, path: Path) -> None:
 
 
 def plot_tradeoff(tables: list[Path], path: Path) -> None:
-    """By how much the rows of a test differ from GD in tasks just learned, and in forgetting.
+    """Plot how each row differs from GD in FID just learned and in forgetting.
 
-    tables: CSVs that --over wrote, the test's and then its pilot's. A cross has a row's two 95%
-    intervals at the test, a thin line goes through its strengths on the pilot, of which those far
-    outside all crosses are not in the picture; a dotted line joins what has the same AFID.
+    tables: CSVs written by --over, first the test's, then its pilots'. A cross shows a row's two
+    95% intervals in the test; a thin line joins its strengths in the pilots, of which those far
+    outside all crosses are cut off. Along a dotted line AFID is the same.
     """
     test, *pilots = [pd.read_csv(table).dropna(subset="difference") for table in tables]
     axis = ["FID just learned", "forgetting"]  # x and y; their sum is AFID
@@ -568,14 +569,14 @@ def plot_tradeoff(tables: list[Path], path: Path) -> None:
 
 
 def published(dataset: str, features: str) -> pd.DataFrame:
-    """The paper's numbers, a line per method; none where our FIDs cannot stand beside them."""
+    """The paper's numbers, one line per method; empty if our FIDs cannot be compared with them."""
     table = pd.read_csv(PAGES / "published.csv", index_col="method")
     comparable = features.startswith("inception") and "limit" not in features
     return table[(table["dataset"] == dataset) & comparable]
 
 
 def setting_note(runs, dataset: str, features: str) -> str:
-    """What the FID is taken on, that of real images, and the settings that are not the paper's."""
+    """A remark: the FID's features, the FID of real images, and settings unlike the paper's."""
     paper = usual_settings("imagenet32" if dataset == "imagenet32" else "mnist")
     other = []
     for name, value in paper.items():
@@ -589,9 +590,9 @@ def setting_note(runs, dataset: str, features: str) -> str:
 
 
 def table_1(folders: list[Path], to: Path) -> None:
-    """Table 1 of all finished runs below these folders, in a folder.
+    """Write Table 1 and Figure 4 of all finished runs in these folders into the folder `to`.
 
-    With Figure 4, and Figure 5 where a run's pictures are kept.
+    Also Figure 5, if any run's pictures are kept.
     """
     runs = read_runs(folders)
     lines, notes = summarize(runs.assign(base=find_baselines(runs)))
@@ -615,20 +616,20 @@ def table_1(folders: list[Path], to: Path) -> None:
 
 
 def compare(folders: list[Path], over: str, to: Path, against=(), together=None) -> None:
-    """TO.md and TO.csv: runs over a setting, or over curvature; TO.png of three points or more.
+    """Compare runs over a setting or curvature: TO.md, TO.csv; for three points or more TO.png.
 
-    Each run is compared with its baseline of GD, or with that of the same seed among `against`, a
-    single row.
+    The baseline of a run is its run of GD, or the run of the same seed in `against`, which must
+    hold a single row.
     """
     setting = "lam" if over == "curvature" else over
     if setting not in usual_settings("digits"):
-        r.stop(f"--over {over}: no setting is called so")
+        r.stop(f"--over {over}: there is no such setting")
     runs = read_runs(folders, over=setting, against=against)
     if runs.fid_features.nunique() > 1:
-        r.stop("FIDs on features of different networks cannot be compared: compare runs apart")
+        r.stop("FIDs on features of different networks cannot be compared: report them separately")
     others = runs[runs.other]
     if len(others.drop_duplicates(ROW)) > 1:
-        r.stop("--against takes the runs of one row, a seed each: name others apart")
+        r.stop("--against takes the runs of one row, one per seed")
     runs["base"] = find_baselines(runs)
     if against:
         runs["base"] = runs.seed.map(dict(zip(others.seed, others.index))).fillna(-1)
@@ -647,9 +648,9 @@ def compare(folders: list[Path], over: str, to: Path, against=(), together=None)
 
 
 def sample(run: Path, classes: str, to: Path) -> None:
-    """Let a finished run's model generate ten images of each of these classes, a row a class.
+    """Generate ten images of each of these classes with a finished run's model, a row per class.
 
-    From the noises of the run's own pictures.
+    They start from the same noise as the run's own pictures.
     """
     result = r.read_result(run / "result.json")
     cpu = torch.device("cpu")
@@ -673,9 +674,9 @@ def sample(run: Path, classes: str, to: Path) -> None:
 
 
 def summary(folders: list[Path], to: Path) -> None:
-    """README's table: AFID and forgetting of each method, by the number of tasks.
+    """The README's table: AFID and forgetting of each method, by the number of tasks.
 
-    A method whose runs of as many tasks differ in more than lambda has a row for each.
+    A method has several rows if its runs with the same number of tasks differ in more than lambda.
     """
     runs = read_runs(folders)
     rows = [{"": "real images"}]
@@ -697,7 +698,7 @@ def summary(folders: list[Path], to: Path) -> None:
 def tally(tables: list[Path], to: Path) -> None:
     """Count in how many rows of these CSVs a penalty that is added to GD changes AFID.
 
-    A row is its line, lambda, seeds and baseline; one that stands in several tables counts once.
+    Rows with the same seeds, difference and interval are one row that stands in several tables.
     """
     parts = []
     for path in tables:
@@ -724,7 +725,7 @@ def tally(tables: list[Path], to: Path) -> None:
 
 
 def include(text: Path) -> None:
-    """Renew in a text what stands between "<!-- include: FILE -->" and "<!-- end -->"."""
+    """Replace all text between "<!-- include: FILE -->" and "<!-- end -->" by FILE."""
 
     def renewed(match: re.Match) -> str:
         return match[1] + Path(match[2]).read_text(encoding="utf-8") + match[3]
@@ -735,25 +736,25 @@ def include(text: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Report on all runs below folders or, as the flags say, do another of the things above."""
+    """Report Table 1 of the runs in these folders, or do what a flag asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = r.stop
     add = parser.add_argument
-    add("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs; texts; tables")
+    add("paths", metavar="PATH", type=Path, nargs="+", help="folders of runs, texts or tables")
     add("--over", metavar="SETTING", help="compare runs over this setting, or over curvature")
-    add("--sample", action="store_true", help="let the model of a run generate images")
-    add("--include", action="store_true", help="renew the tables that these texts include")
+    add("--sample", action="store_true", help="generate images with a run's model")
+    add("--include", action="store_true", help="update the tables that these texts include")
     add("--tally", action="store_true", help="count in these CSVs how often a penalty helps")
-    add("--summary", action="store_true", help="README's table: methods by the number of tasks")
-    add("--tradeoff", action="store_true", help="draw new tasks against old ones, of these CSVs")
-    add("--to", type=r.folder, help="folder or name of what is written")
-    add("--against", type=Path, nargs="+", default=[], help="runs to compare with, not GD")
-    add("--together", type=r.positive, help="intervals that hold for so many comparisons at once")
+    add("--summary", action="store_true", help="the README's table: methods by number of tasks")
+    add("--tradeoff", action="store_true", help="plot new tasks against old ones, from these CSVs")
+    add("--to", type=r.folder, help="folder to write into, or name of the files")
+    add("--against", type=Path, nargs="+", default=[], help="baseline runs in the place of GD")
+    add("--together", type=r.positive, help="add intervals for this many comparisons at once")
     add("--rows", help="Figure 5 alone, of these methods: finetune,gd")
-    add("--classes", default="", help="of which --sample generates images: 3,7")
+    add("--classes", default="", help="the classes for --sample: 3,7")
     args = parser.parse_args(argv)
     if (args.over or args.rows or args.summary or args.tradeoff) and not args.to:
-        r.stop("--to is to name what is written")
+        r.stop("--to must name what is written")
     first = args.paths[0]
     to = args.to or first
     if args.over:
