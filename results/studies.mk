@@ -154,6 +154,10 @@ $(call study,orders-rate-test,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orde
 $(call study,orders-isotropic,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orders/isotropic+lam=10,4)
 # orders-shuffled: the same against the direction of shuffled images
 $(call study,orders-shuffled,long-chain,lam,$(ORDERS),orders/rank1+lam=300,orders/rank1-shuffled+lam=300,4)
+# tradeoff: by how much each row of orders-test differs from GD in tasks just learned and in forgetting, with its pilots
+tradeoff: .venv/installed
+	$(PY) -m results.report $(patsubst %,results/pages/long-chain/orders-%.csv,test pilot rate) \
+	  --tradeoff --to results/pages/long-chain/$@.png
 
 # summary: the README's table, of five tasks and of ten
 SUMMARY := $(foreach m,joint finetune diag,$(foreach s,$(FIVE),falling/$(m)+seed=$(s)))
@@ -214,7 +218,7 @@ movement: .venv/installed
 LISTED := $(shell sed -n 's/^\# \([a-z0-9-]*\): .*/\1/p' results/studies.mk)
 # Rebuilds every table from the runs that are there, then updates the pages that include them. It trains nothing.
 NOT_CHECKED := forgetting exercises fisher fisher-fashion movement relearning
-NOT_CHECKED += orders-proximal orders-test orders-rate-test orders-isotropic orders-shuffled# runs are missing
+NOT_CHECKED += orders-proximal orders-test orders-rate-test orders-isotropic orders-shuffled tradeoff# runs are missing
 CHECKED := $(filter-out $(NOT_CHECKED),$(LISTED))
 check-numbers: .venv/installed  # for the maintainer
 	$(MAKE) --no-print-directory CHECK=1 $(CHECKED)
