@@ -73,7 +73,7 @@ MODEL ?= $(RUNS)/digits/joint+seed=0
 fig1 fig2 fig3 vae: $(MODEL)/result.json  ## Figures 1 to 3 of the run MODEL, and the VAE control
 	$(PY) -m results.geometry $(subst fig,,$@) $(MODEL) --data-dir $(DATA) --to $(RUNS)/$@
 
-studies:  ## the studies of results/; make lambda makes the missing runs and the table of the study lambda
+studies:  ## lists the studies of results/; `make NAME` makes a study's missing runs and its table
 	@awk '/^# [a-z0-9-]+: / {sub(":", "", $$2); name = $$2; $$1 = $$2 = ""; printf "  make %-20s%s\n", name, $$0}' results/studies.mk
 include results/studies.mk
 

@@ -25,7 +25,7 @@ Where to find the paper's equations:
     a new teacher and a new Adam for each task             begin_task, run
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,);
-eps Gaussian noise of x0's shape; abar_t how much of x0 is left in x_t; theta all D trainable
+eps Gaussian noise of x0's shape; abar_t the share of x0 in x_t's variance; theta all D trainable
 weights as one vector, (D,); theta* the weights at the end of a task; g = dl/dtheta the gradient of
 one sample's loss, (D,); mu = E[g]; F = E[g g^T] the Fisher; c* the coefficient in F ~ c* mu mu^T;
 lam EWC's lambda; k an old task.
@@ -102,12 +102,12 @@ def to_float(images: Tensor) -> Tensor:
 def rng(device: torch.device, *purpose: int | str) -> torch.Generator:
     """A separate generator per purpose, so that one more draw in one place changes no other."""
     digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
-    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits leave room for adding a rank
+    seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits: epoch_batches adds the rank
     return torch.Generator(device).manual_seed(seed)
 
 
 def rank() -> int:
-    """The number of this process, 0..world()-1."""
+    """The number of this process, 0..world()-1 (torch's word, not a matrix's rank)."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -161,7 +161,7 @@ def draw_noise(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def predict_noise(model: Callable, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """eps_theta(x_t, t, y), in x_t's shape. ValueError: another shape, which could broadcast."""
+    """eps_theta(x_t, t, y), in x_t's shape. ValueError: another shape, which may broadcast."""
     eps = model(x_t.clone(), t, y)  # a copy, because a model may change its input in place
     if eps.shape != x_t.shape:
         shapes = f"{tuple(x_t.shape)}, not {tuple(eps.shape)}"
@@ -180,9 +180,8 @@ def per_sample_loss(model: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tens
 def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> Tensor:
     """DDIM (arXiv 2010.02502) with eta 0: noise (B, C, H, W), y (B,) -> x0 (B, C, H, W) in [-1, 1].
 
-    As in diffusers' DDIMScheduler, the `steps` (1..1000) timesteps are "leading" (980, 960, .., 0
-    for 50), x0_hat is clipped, the direction uses the unclipped eps_hat, and the last step goes to
-    abar = 1.
+    steps: 1..1000; 50 are the timesteps 980, 960, .., 0. As in diffusers' DDIMScheduler, the
+    estimate of x0 is clipped to [-1, 1] and eps is not; the last step ends without noise.
     """
     abar = alphas_cumprod(noise.device)
     stride = NUM_STEPS // steps
@@ -203,8 +202,8 @@ def ddim_sample(model: Callable, noise: Tensor, y: Tensor, steps: int = 50) -> T
 def replay_pool(cfg, teacher: nn.Module, shape: tuple, num_old: int) -> tuple[Tensor, Tensor]:
     """Equally many teacher samples of each class 0..num_old-1. -> (N, C, H, W) uint8, y (N,)."""
     device = next(teacher.parameters()).device
-    # As in the authors' code, the n-th image of every class, after every task, starts from the
-    # same noise: image i from noise[i % replay_per_class].
+    # All classes share one set of starting noises, the same after every task, as in the authors'
+    # code: image i starts from noise[i % replay_per_class].
     generator = rng(device, cfg.seed, "replay pool")
     noise = torch.randn(cfg.replay_per_class, *shape, generator=generator, device=device)
     y = torch.arange(num_old, device=device).repeat_interleave(cfg.replay_per_class)
@@ -242,9 +241,9 @@ def losses(
 #   fisher(model, x, y, n, generator, loss=per_sample_loss) -> what its penalty's add() takes
 # F is that of the trainable weights, in eval mode. x: images (N, C, H, W), uint8 or in [-1, 1]; y:
 # classes (N,); n: the number of samples (image, t, eps); generator: on the images' device.
-# loss(model, x0, t, eps, y) -> (B,), one per sample. It gets uint8 images in [-1, 1], and floats
-# unchanged: for a loss that you write, they may have any range. Under torchrun the processes divide
-# the work, so every one must call the Fisher, with the network itself and not with its
+# loss(model, x0, t, eps, y) -> (B,), one per sample. uint8 images become floats in [-1, 1] first;
+# floats are passed on unchanged, and may have any range if the loss is yours. The processes divide
+# the work, so each must call the Fisher, with the network itself and not with its
 # DistributedDataParallel wrapper. ValueError: a model or images for which F would be wrong.
 # FloatingPointError: a gradient is not finite, or all are 0.
 
@@ -281,55 +280,14 @@ def zeros_for_sum(weights: list[Tensor]) -> Tensor:
     return zeros.to(torch.promote_types(zeros.dtype, torch.float32))
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, then as before. Not by eval(), which may merge a LoRA layer."""
-    before = {module: module.training for module in model.modules()}
-    for module in before:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
-def generator_states(device: torch.device) -> Tensor:
-    """The states of PyTorch's global generators: the CPU's, and the GPU's if `device` is one."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
-
-
-def check_first_sample(
-    model: nn.Module, batch: tuple, loss: Callable, found: Tensor, u: Tensor | None = None
-) -> None:
-    """ValueError unless `found` is the first sample's g, or u^T g, computed on it alone."""
-
-    def gradient(samples: Iterable[Tensor]) -> Tensor:  # of the first one's loss
-        first = loss(model, *samples)[0]
-        return flat(torch.autograd.grad(first, trainable(model), materialize_grads=True))
-
-    before = generator_states(batch[0].device)
-    g = gradient([v[:1] for v in batch])
-    in_batch = gradient(batch)
-    exact = g if u is None else u @ g.to(u.dtype)
-    error = max((in_batch - g).norm(), (found - exact).norm())
-    rounding = 0.02 + 10 * torch.finfo(g.dtype).eps  # 2% of ||g||, in bfloat16 10%
-    drew = not torch.equal(before, generator_states(batch[0].device))
-    if drew or error > rounding * g.norm():
-        why = "mixes samples (by a batch norm?), draws at random, or uses another module's weights"
-        raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
-
-
 # Why rank 1? At high noise x_t is nearly all noise, and the best denoiser is a scaled identity
 # (Proposition 1). If eps_hat = a(theta) x_t, then, up to a constant, g is (a x_t - eps)^T x_t times
 # da/dtheta: a number c(x_t) times a vector v that all samples share (Proposition 2). So
 # g g^T = c^2 v v^T, and F has rank 1. As mu is a multiple of v, too, F ~ c* mu mu^T with
-# c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1). The mu of different t are
-# nearly parallel, so one mu over random t serves for all. But F over all t, which the method
-# approximates, is further from rank 1 than F at high noise (results/README.md).
+# c* = mu^T F mu / ||mu||^4 and mu^T F mu = E[(mu^T g)^2] (Theorem 1). The paper finds that the mu
+# of different t are nearly parallel, and takes one mu over random t. But F over all t is further
+# from rank 1 than F at high noise, and near a minimum mu is short and partly noise
+# (results/pages/fisher.md).
 def rank1_fisher(
     model: nn.Module, x: Tensor, y: Tensor, n: int, generator: torch.Generator, loss=per_sample_loss
 ) -> tuple[Tensor, Tensor]:
@@ -401,6 +359,54 @@ def diagonal_fisher(
     if not 0 < F.sum() < math.inf:
         raise FloatingPointError(f"tr(F) is {F.sum():g}: a gradient is not finite, or all are 0")
     return F
+
+
+# What both Fishers use: eval mode, and a check that the model treats each sample by itself.
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, then as before. Not by eval(), which may merge a LoRA layer."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def generator_states(device: torch.device) -> Tensor:
+    """The states of PyTorch's global generators: the CPU's, and the GPU's if `device` is one."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def check_first_sample(
+    model: nn.Module, batch: tuple, loss: Callable, found: Tensor, u: Tensor | None = None
+) -> None:
+    """ValueError unless the batch gave its first sample what that sample gives alone.
+
+    found: that sample's g (D,) as computed in the batch or, with a unit vector u (D,), its u^T g.
+    """
+
+    def gradient(samples: Iterable[Tensor]) -> Tensor:  # of the first one's loss
+        first = loss(model, *samples)[0]
+        return flat(torch.autograd.grad(first, trainable(model), materialize_grads=True))
+
+    before = generator_states(batch[0].device)
+    g = gradient([v[:1] for v in batch])
+    in_batch = gradient(batch)
+    exact = g if u is None else u @ g.to(u.dtype)
+    error = max((in_batch - g).norm(), (found - exact).norm())
+    rounding = 0.02 + 10 * torch.finfo(g.dtype).eps  # 2% of ||g||, in bfloat16 10%
+    drew = not torch.equal(before, generator_states(batch[0].device))
+    if drew or error > rounding * g.norm():
+        why = "mixes samples (by a batch norm?), draws at random, or uses another module's weights"
+        raise ValueError(f"a sample's gradient differs when it is computed alone: the model {why}")
 
 
 # ---- Penalties make it expensive to move the weights in directions that matter to any old task.
@@ -1224,23 +1230,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="The defaults are the paper's, unless the given --dataset has its own.",
+        epilog="The defaults shown are those of the --dataset given; mnist's are the paper's.",
         allow_abbrev=False,
     )
     parser.error = stop
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="digits", help="the images to learn")
-    add("--method", choices=METHODS, default="rank1", help="how old classes are protected")
+    add("--method", choices=METHODS, default="rank1", help="what protects old classes")
     add("--seed", type=int, default=0, help="of all random draws")
     add("--tasks", type=positive, default=5, help="number of tasks, with equally many classes")
     add("--class-order", choices=("label", "random"), default="label", help="random: by --seed")
     add("--epochs", type=positive, default=200, help="per task")
-    add("--batch-size", type=positive, default=128, help="real images; as many replayed ones")
-    add("--lr", type=nonnegative, default=2e-4, help="of Adam, which is new in each task")
+    add("--batch-size", type=positive, default=128, help="real images; as many replayed are added")
+    add("--lr", type=nonnegative, default=2e-4, help="Adam's; each task has a new Adam")
     add("--lr-decay", choices=("none", "linear"), default="none", help="linear: to 0 in each task")
-    add("--lam", type=nonnegative, default=15000.0, help="EWC's lambda; smaller for small networks")
-    add("--fisher-samples", type=positive, default=10000, help="for mu, and as many for c*")
-    add("--replay-per-class", type=positive, default=5000, help="images that the teacher generates")
+    add("--lam", type=nonnegative, default=15000.0, help="lambda, the weight of EWC's penalty")
+    add("--fisher-samples", type=positive, default=10000, help="for mu, and as many others for c*")
+    add("--replay-per-class", type=positive, default=5000, help="images of each old class")
     add("--sample-steps", type=positive, default=50, help="DDIM steps, ideally a divisor of 1000")
     add("--replay-steps", type=positive, help="DDIM steps for replay; None: --sample-steps")
     add("--ema", type=nonnegative, default=0.0, help="decay of the weight average; 0: no average")

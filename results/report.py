@@ -751,7 +751,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--against", type=Path, nargs="+", default=[], help="baseline runs in the place of GD")
     add("--together", type=r.positive, help="add intervals for this many comparisons at once")
     add("--rows", help="Figure 5 alone, of these methods: finetune,gd")
-    add("--classes", default="", help="the classes for --sample: 3,7")
+    add("--classes", default="", help="the classes for --sample, e.g. 3,7")
     args = parser.parse_args(argv)
     if (args.over or args.rows or args.summary or args.tradeoff) and not args.to:
         r.stop("--to must name what is written")
