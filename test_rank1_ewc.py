@@ -1679,6 +1679,20 @@ def test_the_exercises_table_has_the_numbers_of_its_runs_and_its_changes_of_the_
         compile(changed, "changed", "exec")
 
 
+def test_the_readmes_numbers_are_those_of_its_runs_and_tables():
+    text = " ".join(text_of(ROOT / "README.md").split())
+    demo = r.read_result(ROOT / "results/runs/demo/result.json")
+    assert f"AFID {demo['afid'][-1]:.2f} forgetting {demo['forgetting']:.2f}" in text
+    gd = r.read_result(ROOT / "results/runs/exercises/gd+seed=0/result.json")
+    assert f"GD alone has {gd['afid'][-1]:.1f} here" in text
+    for name in ("long-chain/long-test", "falling/ten-seeds"):
+        table = pd.read_csv(PAGES / f"{name}.csv")
+        (line,) = table.query("line == 'rank1' and measure == 'AFID'").itertuples()
+        shares = [f"{-share:.1f}" for share in (line.share, line.share_high, line.share_low)]
+        share, low, high = [number.replace("-", "−") for number in shares]
+        assert re.search(rf"{share}%\S* \((95% interval )?{low} to {high}\)", text), name
+
+
 def test_the_readmes_map_names_functions_that_are_there():
     text = text_of(ROOT / "README.md")
     (section,) = re.findall("## From the paper to the code(.*?)\n## ", text, re.DOTALL)
