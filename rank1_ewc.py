@@ -25,7 +25,7 @@ Where to find the paper's equations:
     a new teacher and a new Adam for each task             begin_task, run
 
 Symbols: x0 a clean image in [-1, 1], (B, C, H, W); t a timestep in 0..999, (B,); y a class, (B,);
-eps Gaussian noise of x0's shape; abar_t the share of x0 in x_t's variance; theta all D trainable
+eps Gaussian noise of x0's shape; abar_t how much of x0 is left in x_t; theta all D trainable
 weights as one vector, (D,); theta* the weights at the end of a task; g = dl/dtheta the gradient of
 one sample's loss, (D,); mu = E[g]; F = E[g g^T] the Fisher; c* the coefficient in F ~ c* mu mu^T;
 lam EWC's lambda; k an old task.
